@@ -1,0 +1,30 @@
+"""Settings every test runs under; they must come before jax starts."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("TOKJAX_TEST_PLATFORM", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(tempfile.gettempdir()) / "tokjax_test_compilations"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_DEBUG_KEY_REUSE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+
+SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> pathlib.Path:
+  """Folder of the real data sets; skips where a clone does not have it."""
+  if not SHARED_DATA.is_dir():
+    if os.environ.get("CI"):
+      pytest.fail(f"real data sets must be at {SHARED_DATA} in CI")
+    pytest.skip(f"real data sets are not at {SHARED_DATA}")
+  return SHARED_DATA

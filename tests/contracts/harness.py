@@ -1,0 +1,151 @@
+"""What every public array function promises, as checks over a table of rows.
+
+A row is a `Case`: a function of arrays only, and how to make its inputs.
+`*_test.py` files beside this one hold the tables, one per area.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+import numpy as np
+
+__all__ = ["Case", "check_bfloat16", "check_compiles_once", "check_finite_grad",
+           "check_jit", "check_sharded", "check_vmap", "ids"]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One public function under contract.
+
+  Attributes:
+    name: what the test report shows.
+    function: takes the arrays of `inputs`, returns a pytree of arrays.
+    inputs: `inputs(seed)` makes the arrays; axis 0 of those named in `batched`
+      has size 8, so that eight devices can share it.
+    batched: which inputs are sharded over their first axis.
+    differentiable: which inputs get a gradient; empty for none.
+    tolerance: absolute difference allowed between float results computed in
+      another order (jit, shards).
+    bfloat16_tolerance: absolute difference to float32 on the same rounded
+      inputs; None where bfloat16 has no meaning.
+  """
+
+  name: str
+  function: Callable[..., Any]
+  inputs: Callable[[int], tuple]
+  batched: tuple[int, ...] = (0,)
+  differentiable: tuple[int, ...] = ()
+  tolerance: float = 1e-5
+  bfloat16_tolerance: float | None = 0.05
+
+
+def ids(cases: list[Case]) -> list[str]:
+  return [case.name for case in cases]
+
+
+def assert_same(got, want, tolerance: float) -> None:
+  """Floats within the tolerance, everything else equal, shapes and dtypes too."""
+  got_leaves, got_tree = jax.tree.flatten(got)
+  want_leaves, want_tree = jax.tree.flatten(want)
+  assert got_tree == want_tree
+  for g, w in zip(got_leaves, want_leaves, strict=True):
+    assert g.shape == w.shape and g.dtype == w.dtype, (g.aval, w.aval)
+    if jnp.issubdtype(g.dtype, jnp.floating):
+      g, w = np.asarray(g, np.float32), np.asarray(w, np.float32)
+      np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance)
+    else:
+      np.testing.assert_array_equal(np.asarray(g), np.asarray(w))
+
+
+def check_jit(case: Case) -> None:
+  """jit equals eager, and the abstract shapes are the real ones."""
+  inputs = case.inputs(0)
+  eager = case.function(*inputs)
+  assert_same(jax.jit(case.function)(*inputs), eager, case.tolerance)
+  for got, real in zip(
+      jax.tree.leaves(jax.eval_shape(case.function, *inputs)),
+      jax.tree.leaves(eager),
+      strict=True,
+  ):
+    assert (got.shape, got.dtype) == (real.shape, real.dtype)
+
+
+def check_compiles_once(case: Case) -> None:
+  """New values of the same shapes do not compile again."""
+  function = jax.jit(case.function)
+  function(*case.inputs(0))
+  function(*case.inputs(1))
+  assert function._cache_size() == 1  # private to jax; used here only
+
+
+def check_sharded(case: Case, kind: AxisType) -> None:
+  """Inputs sharded over eight devices give the single-device result."""
+  inputs = case.inputs(0)
+  want = case.function(*inputs)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+  with jax.set_mesh(mesh):
+    shards = [
+        jax.device_put(x, jax.P("data") if i in case.batched else jax.P())
+        for i, x in enumerate(inputs)
+    ]
+    got = jax.jit(case.function)(*shards)
+  assert_same(jax.device_get(got), jax.device_get(want), case.tolerance)
+
+
+def check_vmap(case: Case) -> None:
+  """Mapping over a new leading axis equals calling one by one."""
+  one, two = case.inputs(0), case.inputs(1)
+  stacked = [jnp.stack(pair) for pair in zip(one, two, strict=True)]
+  got = jax.jit(jax.vmap(case.function))(*stacked)
+  want = jax.tree.map(
+      lambda *leaves: jnp.stack(leaves),
+      case.function(*one),
+      case.function(*two),
+  )
+  assert_same(got, want, case.tolerance)
+
+
+def check_bfloat16(case: Case) -> None:
+  """bfloat16 inputs agree with float32 on the same rounded values."""
+  if case.bfloat16_tolerance is None:
+    return
+
+  def cast(x, dtype):
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+  low = [cast(x, jnp.bfloat16) for x in case.inputs(0)]
+  high = [cast(x, jnp.float32) for x in low]
+  for got, want in zip(
+      jax.tree.leaves(case.function(*low)),
+      jax.tree.leaves(case.function(*high)),
+      strict=True,
+  ):
+    if not jnp.issubdtype(want.dtype, jnp.floating):
+      continue
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32),
+        np.asarray(want, np.float32),
+        atol=case.bfloat16_tolerance,
+        rtol=0.02,
+    )
+
+
+def check_finite_grad(case: Case) -> None:
+  """Gradients exist, are finite, and at least one is not zero."""
+  if not case.differentiable:
+    return
+  inputs = case.inputs(0)
+
+  def total(*inputs):
+    leaves = jax.tree.leaves(case.function(*inputs))
+    floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+    return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in floats)
+
+  gradients = jax.jit(jax.grad(total, case.differentiable))(*inputs)
+  for gradient in gradients:
+    assert np.isfinite(np.asarray(gradient, np.float32)).all()
+    assert np.abs(np.asarray(gradient, np.float32)).max() > 0

@@ -1,0 +1,104 @@
+"""Errors for bad arguments, raised when a function is traced.
+
+Every message names the argument, what was expected and what came. They look
+at shapes and Python values only, never at the values of a traced array.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["divisible", "has_rank", "in_range", "one_of", "same_size"]
+
+
+def same_size(**sizes: int) -> None:
+  """Raises ValueError unless all the sizes agree; the message names each.
+
+  Args:
+    **sizes: the sizes to compare, by the name the message shall use.
+
+  Raises:
+    ValueError: if two of them differ.
+
+  Example:
+    >>> same_size(features_tokens=4, mask_tokens=4)
+  """
+  if len(set(sizes.values())) > 1:
+    got = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    raise ValueError(f"sizes must agree, got {got}")
+
+
+def in_range(low: float, high: float, **values: float) -> None:
+  """Raises ValueError unless low <= value <= high for every value.
+
+  Args:
+    low: smallest value allowed.
+    high: largest value allowed.
+    **values: the values to check, by the name the message shall use.
+
+  Raises:
+    ValueError: if a value lies outside.
+
+  Example:
+    >>> in_range(1, 10, num_keep=3)
+  """
+  for name, value in values.items():
+    if not low <= value <= high:
+      raise ValueError(f"{name} must lie in {low}..{high}, got {value}")
+
+
+def one_of(accepted: Sequence[Any], **values: Any) -> None:
+  """Raises ValueError unless every value is among the accepted ones.
+
+  Args:
+    accepted: the values allowed.
+    **values: the values to check, by the name the message shall use.
+
+  Raises:
+    ValueError: if a value is not accepted; the message lists those that are.
+
+  Example:
+    >>> one_of(("sign", "sketch"), inner="sign")
+  """
+  for name, value in values.items():
+    if value not in accepted:
+      names = ", ".join(repr(choice) for choice in accepted)
+      raise ValueError(f"{name} must be one of {names}, got {value!r}")
+
+
+def has_rank(rank: int, **arrays: Any) -> None:
+  """Raises ValueError unless every array has this many axes; None passes.
+
+  Args:
+    rank: number of axes expected.
+    **arrays: the arrays to check, by the name the message shall use.
+
+  Raises:
+    ValueError: if an array has another number of axes.
+
+  Example:
+    >>> import numpy as np
+    >>> has_rank(1, lengths=np.zeros(3))
+  """
+  for name, array in arrays.items():
+    if array is not None and len(array.shape) != rank:
+      raise ValueError(
+          f"{name} must have {rank} axes, got shape {tuple(array.shape)}"
+      )
+
+
+def divisible(divisor: int, **values: int) -> None:
+  """Raises ValueError unless every value is a multiple of the divisor.
+
+  Args:
+    divisor: positive integer.
+    **values: the values to check, by the name the message shall use.
+
+  Raises:
+    ValueError: if a value is not a multiple.
+
+  Example:
+    >>> divisible(128, block_documents=256)
+  """
+  for name, value in values.items():
+    if value % divisor:
+      raise ValueError(f"{name} must be a multiple of {divisor}, got {value}")
