@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 import tokjax
 from tokjax.cli import list as catalogue
 
@@ -31,9 +32,7 @@ LEVELS = {
 # Areas of these levels may import their neighbours on the same level.
 OPEN_LEVELS = {0, 5, 6}
 FILES = sorted(ROOT.rglob("*.py"))
-MODULES = sorted(
-    m.name for m in pkgutil.walk_packages([str(ROOT)], "tokjax.")
-)
+MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "tokjax."))
 
 
 def area_of(module: str) -> str:
@@ -81,7 +80,7 @@ def test_files_stay_readable(path):
 def test_import_is_light():
   program = "import tokjax, sys, json; print(json.dumps(sorted(sys.modules)))"
   done = subprocess.run(
-      [sys.executable, "-c", program], capture_output=True, check=True
+    [sys.executable, "-c", program], capture_output=True, check=True
   )
   loaded = set(json.loads(done.stdout))
   heavy = {"flax", "optax", "orbax", "tensorstore", "tensorflow", "grain",
@@ -105,10 +104,10 @@ def test_public_definitions_are_exported(name):
   module = importlib.import_module(name)
   tree = ast.parse(pathlib.Path(module.__file__).read_text(encoding="utf-8"))
   defined = {
-      node.name
-      for node in tree.body
-      if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-      and not node.name.startswith("_")
+    node.name
+    for node in tree.body
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    and not node.name.startswith("_")
   }
   assert defined <= set(module.__all__), defined - set(module.__all__)
 
@@ -134,9 +133,9 @@ def test_every_public_name_is_used_by_a_test(name):
     return  # measured, not tested
   module = importlib.import_module(name)
   own = {
-      public
-      for public in module.__all__
-      if getattr(getattr(module, public), "__module__", name) == name
+    public
+    for public in module.__all__
+    if getattr(getattr(module, public), "__module__", name) == name
   }
   assert own <= names_in_tests(), own - names_in_tests()
 
@@ -166,7 +165,7 @@ def test_catalogue_state_is_the_truth():
 def test_top_level_is_the_fixed_list():
   root = TESTS.parent
   done = subprocess.run(
-      ["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False
+    ["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False
   )
   if done.returncode:
     pytest.skip("not a git checkout")

@@ -7,8 +7,8 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = os.environ.get("TOKJAX_TEST_PLATFORM", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR",
-    str(pathlib.Path(tempfile.gettempdir()) / "tokjax_test_compilations"),
+  "JAX_COMPILATION_CACHE_DIR",
+  str(pathlib.Path(tempfile.gettempdir()) / "tokjax_test_compilations"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

@@ -20,21 +20,21 @@ __version__ = "0.1.0"
 
 # everyday function -> the module it lives in
 _FUNCTIONS = {
-    "maxsim": "tokjax.kernels.maxsim",
-    "maxsim_alignment": "tokjax.kernels.maxsim",
-    "maxsim_packed": "tokjax.kernels.maxsim",
-    "maxsim_pairs": "tokjax.kernels.maxsim",
-    "streaming_top_k": "tokjax.ops.selection",
+  "maxsim": "tokjax.kernels.maxsim",
+  "maxsim_alignment": "tokjax.kernels.maxsim",
+  "maxsim_packed": "tokjax.kernels.maxsim",
+  "maxsim_pairs": "tokjax.kernels.maxsim",
+  "streaming_top_k": "tokjax.ops.selection",
 }
 _AREAS = (
-    "benchmarks",
-    "data",
-    "eval",
-    "kernels",
-    "models",
-    "ops",
-    "parallel",
-    "retrieval",
+  "benchmarks",
+  "data",
+  "eval",
+  "kernels",
+  "models",
+  "ops",
+  "parallel",
+  "retrieval",
 )
 
 __all__ = [*_FUNCTIONS, *_AREAS]  # noqa: PLE0604

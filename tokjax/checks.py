@@ -82,7 +82,7 @@ def has_rank(rank: int, **arrays: Any) -> None:
   for name, array in arrays.items():
     if array is not None and len(array.shape) != rank:
       raise ValueError(
-          f"{name} must have {rank} axes, got shape {tuple(array.shape)}"
+        f"{name} must have {rank} axes, got shape {tuple(array.shape)}"
       )
 
 

@@ -9,14 +9,14 @@ from typing import Literal
 from jaxtyping import Array, Bool, Float, Int, Int32, Key, UInt8
 
 __all__ = [
-    "Array",
-    "Bool",
-    "Float",
-    "Implementation",
-    "Int",
-    "Int32",
-    "Key",
-    "UInt8",
+  "Array",
+  "Bool",
+  "Float",
+  "Implementation",
+  "Int",
+  "Int32",
+  "Key",
+  "UInt8",
 ]
 
 # How a kernel runs; None lets the platform that lowers the program choose.

@@ -4,14 +4,14 @@ A row is a `Case`: a function of arrays only, and how to make its inputs.
 `*_test.py` files beside this one hold the tables, one per area.
 """
 
-from collections.abc import Callable
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 import numpy as np
+from jax.sharding import AxisType
 
 __all__ = ["Case", "check_bfloat16", "check_compiles_once", "check_finite_grad",
            "check_jit", "check_sharded", "check_vmap", "ids"]  # fmt: skip
@@ -48,7 +48,7 @@ def ids(cases: list[Case]) -> list[str]:
 
 
 def assert_same(got, want, tolerance: float) -> None:
-  """Floats within the tolerance, everything else equal, shapes and dtypes too."""
+  """Floats within the tolerance, the rest equal, shapes and dtypes too."""
   got_leaves, got_tree = jax.tree.flatten(got)
   want_leaves, want_tree = jax.tree.flatten(want)
   assert got_tree == want_tree
@@ -67,9 +67,9 @@ def check_jit(case: Case) -> None:
   eager = case.function(*inputs)
   assert_same(jax.jit(case.function)(*inputs), eager, case.tolerance)
   for got, real in zip(
-      jax.tree.leaves(jax.eval_shape(case.function, *inputs)),
-      jax.tree.leaves(eager),
-      strict=True,
+    jax.tree.leaves(jax.eval_shape(case.function, *inputs)),
+    jax.tree.leaves(eager),
+    strict=True,
   ):
     assert (got.shape, got.dtype) == (real.shape, real.dtype)
 
@@ -89,8 +89,8 @@ def check_sharded(case: Case, kind: AxisType) -> None:
   mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
   with jax.set_mesh(mesh):
     shards = [
-        jax.device_put(x, jax.P("data") if i in case.batched else jax.P())
-        for i, x in enumerate(inputs)
+      jax.device_put(x, jax.P("data") if i in case.batched else jax.P())
+      for i, x in enumerate(inputs)
     ]
     got = jax.jit(case.function)(*shards)
   assert_same(jax.device_get(got), jax.device_get(want), case.tolerance)
@@ -102,9 +102,9 @@ def check_vmap(case: Case) -> None:
   stacked = [jnp.stack(pair) for pair in zip(one, two, strict=True)]
   got = jax.jit(jax.vmap(case.function))(*stacked)
   want = jax.tree.map(
-      lambda *leaves: jnp.stack(leaves),
-      case.function(*one),
-      case.function(*two),
+    lambda *leaves: jnp.stack(leaves),
+    case.function(*one),
+    case.function(*two),
   )
   assert_same(got, want, case.tolerance)
 
@@ -120,17 +120,17 @@ def check_bfloat16(case: Case) -> None:
   low = [cast(x, jnp.bfloat16) for x in case.inputs(0)]
   high = [cast(x, jnp.float32) for x in low]
   for got, want in zip(
-      jax.tree.leaves(case.function(*low)),
-      jax.tree.leaves(case.function(*high)),
-      strict=True,
+    jax.tree.leaves(case.function(*low)),
+    jax.tree.leaves(case.function(*high)),
+    strict=True,
   ):
     if not jnp.issubdtype(want.dtype, jnp.floating):
       continue
     np.testing.assert_allclose(
-        np.asarray(got, np.float32),
-        np.asarray(want, np.float32),
-        atol=case.bfloat16_tolerance,
-        rtol=0.02,
+      np.asarray(got, np.float32),
+      np.asarray(want, np.float32),
+      atol=case.bfloat16_tolerance,
+      rtol=0.02,
     )
 
 

@@ -34,7 +34,7 @@ class System:
 
   @property
   def state(self) -> str:
-    """"planned", "available", or "available, without ..."."""
+    """ "planned", "available", or "available, without ..."."""
     if not (_PACKAGE / self.file).is_file():
       return "planned"
     return "available" + (f", without {self.missing}" if self.missing else "")
@@ -58,7 +58,7 @@ def markdown_table(rows: list[System]) -> str:
   for row in sorted(rows, key=lambda row: row.state == "planned"):
     file = f"`tokjax/{row.file}`"
     lines.append(
-        f"| {row.name} | {file} | {row.state} | {row.paper} ({row.year}) |"
+      f"| {row.name} | {file} | {row.state} | {row.paper} ({row.year}) |"
     )
   return "\n".join(lines)
 
@@ -66,7 +66,7 @@ def markdown_table(rows: list[System]) -> str:
 def main(argv: list[str]) -> int:
   """Prints the catalogue; see `tokjax list --help`."""
   parser = argparse.ArgumentParser(
-      prog="tokjax list", description="The published systems and their state."
+    prog="tokjax list", description="The published systems and their state."
   )
   everything = systems()
   areas = sorted({row.area for row in everything})
@@ -75,14 +75,14 @@ def main(argv: list[str]) -> int:
   form = parser.add_mutually_exclusive_group()
   form.add_argument("--json", action="store_true", help="one object a line")
   form.add_argument(
-      "--markdown", action="store_true", help="the table of the README"
+    "--markdown", action="store_true", help="the table of the README"
   )
   options = parser.parse_args(argv)
   rows = [
-      row
-      for row in everything
-      if options.area in (None, row.area)
-      and (options.state is None or row.state.startswith(options.state))
+    row
+    for row in everything
+    if options.area in (None, row.area)
+    and (options.state is None or row.state.startswith(options.state))
   ]
   if options.json:
     for row in rows:

@@ -13,14 +13,14 @@ __all__ = ["COMMANDS", "main"]
 
 # name -> what it does, one line each, in the order people meet them.
 COMMANDS = {
-    "demo": "index and search real documentation, measure it, write a report",
-    "index": "encode a corpus and build a searchable index in a folder",
-    "search": "ask an index; without a query, read queries from the terminal",
-    "evaluate": "ranking quality and cost on a BEIR folder or on pydocs",
-    "encode": "encode a corpus into one file of token vectors",
-    "compile": "compile the kernels for TPU and H100 without owning one",
-    "bench": "measure the hot paths on this machine against their baselines",
-    "list": "the published systems, and which of them exist here",
+  "demo": "index and search real documentation, measure it, write a report",
+  "index": "encode a corpus and build a searchable index in a folder",
+  "search": "ask an index; without a query, read queries from the terminal",
+  "evaluate": "ranking quality and cost on a BEIR folder or on pydocs",
+  "encode": "encode a corpus into one file of token vectors",
+  "compile": "compile the kernels for TPU and H100 without owning one",
+  "bench": "measure the hot paths on this machine against their baselines",
+  "list": "the published systems, and which of them exist here",
 }
 
 
@@ -28,11 +28,11 @@ def _usage() -> str:
   width = max(len(name) for name in COMMANDS)
   lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
   return (
-      "usage: tokjax COMMAND [options]\n\n"
-      + "\n".join(lines)
-      + "\n\n`tokjax COMMAND --help` explains one. Exit codes: 0 done, 1 did"
-      " not succeed,\n2 bad input, 130 interrupted. Set TOKJAX_DEBUG=1 for"
-      " full tracebacks.\n"
+    "usage: tokjax COMMAND [options]\n\n"
+    + "\n".join(lines)
+    + "\n\n`tokjax COMMAND --help` explains one. Exit codes: 0 done, 1 did"
+    " not succeed,\n2 bad input, 130 interrupted. Set TOKJAX_DEBUG=1 for"
+    " full tracebacks.\n"
   )
 
 
