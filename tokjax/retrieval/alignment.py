@@ -1,0 +1,93 @@
+"""Which word of a document answered which word of the query.
+
+MaxSim is a sum of matches, one a query token, so a score can be read: this
+file turns the matches of `tokjax.maxsim_alignment` into marked pieces of text.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["Match", "matched_words"]
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class Match(NamedTuple):
+  """A word of the document and the query token that it matched best.
+
+  Attributes:
+    start: first character of the word in the document's text.
+    end: one past its last character.
+    similarity: of the best pair of tokens, -1..1 for unit vectors.
+    query_token: text of the query token of that pair.
+  """
+
+  start: int
+  end: int
+  similarity: float
+  query_token: str
+
+
+def matched_words(
+  text: str,
+  token_spans: np.ndarray,
+  index: np.ndarray,
+  similarity: np.ndarray,
+  query_tokens: Sequence[str],
+) -> list[Match]:
+  """Words of a text that at least one query token matched best.
+
+  Sub-word tokens are widened to whole words; a word matched by several query
+  tokens keeps the strongest. Tokens without characters of their own, such as
+  [CLS] and [SEP], are left out on both sides: a query token whose text is
+  empty counts as one of them.
+
+  Args:
+    text: the document as it was tokenised.
+    token_spans: int[N, 2], the characters [start, end) of each document
+      token; start == end for tokens that stand for no text.
+    index: int[Q], the document token that each query token matched
+      (`maxsim_alignment(...).index[i, j]`).
+    similarity: float[Q], the similarity of each match.
+    query_tokens: Q texts, empty for special tokens.
+
+  Returns:
+    The matches in the order of the text, without overlaps.
+
+  Raises:
+    ValueError: if the lengths disagree or an index lies outside the tokens.
+
+  Example:
+    >>> import numpy as np
+    >>> spans = np.array([[0, 4], [5, 8], [8, 11]])
+    >>> matched_words("wing lifting", spans, np.array([2]), np.array([0.9]),
+    ...               ["lift"])
+    [Match(start=5, end=12, similarity=0.9, query_token='lift')]
+
+  Source: ours; the alignment itself is MaxSim's (Khattab and Zaharia 2020).
+  """
+  sizes = (len(index), len(similarity), len(query_tokens))
+  if len(set(sizes)) > 1:
+    raise ValueError(
+      "index, similarity and query_tokens must have one entry per query "
+      f"token, got {sizes[0]}, {sizes[1]} and {sizes[2]}"
+    )
+  if len(index) and not 0 <= np.min(index) <= np.max(index) < len(token_spans):
+    raise ValueError(
+      f"index must lie in 0..{len(token_spans) - 1}, got "
+      f"{np.min(index)}..{np.max(index)}"
+    )
+  words = [match.span() for match in _WORD.finditer(text)]
+  starts = np.array([start for start, _ in words])
+  best: dict[int, Match] = {}
+  for token, score, name in zip(index, similarity, query_tokens, strict=True):
+    start, end = token_spans[token]
+    if start == end or not name or not words:
+      continue
+    word = max(int(np.searchsorted(starts, start, side="right")) - 1, 0)
+    if word not in best or best[word].similarity < score:
+      best[word] = Match(*words[word], float(score), name)
+  return [best[word] for word in sorted(best)]
