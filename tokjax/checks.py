@@ -27,7 +27,9 @@ def same_size(**sizes: int) -> None:
     raise ValueError(f"sizes must agree, got {got}")
 
 
-def in_range(low: float, high: float, **values: float) -> None:
+def in_range(
+  low: int | float, high: int | float, /, **values: int | float
+) -> None:
   """Raises ValueError unless low <= value <= high for every value.
 
   Args:
