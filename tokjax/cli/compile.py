@@ -1,0 +1,397 @@
+"""`tokjax compile`: builds the kernels for TPU and H100 without owning one.
+
+The compilers read their settings from the environment before jax starts, and
+`import tokjax` starts jax. So each topology is compiled in a process of its
+own, this module run with those settings, which prints one JSON line a program.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from tokjax.kernels import maxsim
+from tokjax.kernels.maxsim.shapes import DIMS, SHAPES, Shape
+from tokjax.parallel import topologies
+
+__all__ = ["PROGRAMS", "Program", "main", "programs", "roofline_us"]
+
+# What is compiled of MaxSim.
+PROGRAMS = {
+  "forward": "scores by the kernel",
+  "forward+index": "scores and winners by the kernel",
+  "backward": "gradients by the kernel, given the winners",
+  "maxsim": "the public function, which has to choose the kernel by itself",
+  "gradient": "value and gradient of the public function",
+  "sharded": "value and gradient, documents spread over all chips",
+}
+_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+_TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1", "h100")
+# Without --all: one query, a training batch and page images; one narrow width.
+_USUAL_SHAPES = ("rerank", "batch", "patches")
+_USUAL_DIMS = (128, 48)
+
+# Peak bfloat16 FLOP/s and HBM bytes/s of one jax device, from the makers'
+# data sheets. A chip of v7x is two devices.
+_PEAKS = {
+  "v4": (275e12, 1228e9),
+  "v5e": (197e12, 819e9),
+  "v5p": (459e12, 2765e9),
+  "v6e": (918e12, 1640e9),
+  "tpu7x": (2307e12 / 2, 7380e9 / 2),
+  "h100": (989e12, 3352e9),
+}
+# Passes of the matrix unit that a float32 product takes at full precision:
+# six of bfloat16 on TPU; three of tf32, each half as fast, on H100.
+_FLOAT32_PASSES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One program to compile.
+
+  Attributes:
+    name: a key of `PROGRAMS`.
+    shape: sizes, with the width to use.
+    dtype: "bfloat16" or "float32".
+  """
+
+  name: str
+  shape: Shape
+  dtype: str
+
+
+def programs(
+  names: list[str], shapes: list[str], dims: list[int], dtypes: list[str]
+) -> Iterator[Program]:
+  """All combinations, in the order of the table.
+
+  Args:
+    names: keys of `PROGRAMS`.
+    shapes: keys of `SHAPES`.
+    dims: widths.
+    dtypes: "bfloat16" and "float32".
+
+  Example:
+    >>> [p.shape.dim for p in programs(
+    ...     ["forward"], ["rerank"], [128, 64], ["float32"])]
+    [128, 64]
+  """
+  for shape in shapes:
+    for dim in dims:
+      for dtype in dtypes:
+        for name in names:
+          sized = dataclasses.replace(SHAPES[shape], dim=dim)
+          yield Program(name, sized, dtype)
+
+
+def main(argv: list[str]) -> int:
+  """Compiles and prints a table; see `tokjax compile --help`.
+
+  Args:
+    argv: the words after `tokjax compile`.
+
+  Returns:
+    0 if everything compiled, 1 if a compiler refused something, 2 if a
+    compiler is not installed or an argument is wrong.
+  """
+  options = _parser().parse_args(argv)
+  for name, known in (("shape", SHAPES), ("program", PROGRAMS)):
+    for value in getattr(options, name) or ():
+      if value not in known:
+        raise ValueError(
+          f"--{name} must be one of {', '.join(known)}, got {value!r}"
+        )
+  if options.in_this_process:
+    return _compile_here(options)
+  code = 0
+  if not options.json:
+    print(_HEADER)
+  for topology in options.topology or _TOPOLOGIES:
+    code = max(code, _compile_apart(topology, options, argv))
+  return code
+
+
+def _parser():
+  parser = argparse.ArgumentParser(
+    prog="tokjax compile",
+    description="Compiles the kernels for TPU and H100 on this machine.",
+    epilog='The compilers come with: pip install -e ".[aot]"',
+  )
+  parser.add_argument(
+    "--kernels",
+    action="store_true",
+    help="compile the kernels (the default, and all there is)",
+  )
+  parser.add_argument(
+    "--topology",
+    action="append",
+    help=f"v5e:2x2, v5e:16x16, h100, ...; default: {', '.join(_TOPOLOGIES)}",
+  )
+  parser.add_argument(
+    "--program", action="append", help=f"one of {', '.join(PROGRAMS)}"
+  )
+  parser.add_argument(
+    "--shape", action="append", help=f"one of {', '.join(SHAPES)}"
+  )
+  parser.add_argument("--dim", action="append", type=int, help="width")
+  parser.add_argument("--dtype", action="append", choices=list(_DTYPES))
+  parser.add_argument(
+    "--all", action="store_true", help="every shape, width and dtype"
+  )
+  parser.add_argument(
+    "--json", action="store_true", help="one object a line, not a table"
+  )
+  parser.add_argument(
+    "--in-this-process", action="store_true", help=argparse.SUPPRESS
+  )
+  return parser
+
+
+def _compile_apart(topology, options, argv):
+  """Runs this module in a process with the right environment."""
+  platform = "cuda" if topology == "h100" else "tpu"
+  words = [word for word in _without(argv, "--topology") if word != "--json"]
+  # Messages of the compilers go to a file, shown only if the process fails.
+  with tempfile.TemporaryFile("w+") as log:
+    child = subprocess.Popen(
+      [sys.executable, "-m", "tokjax.cli.compile", "--in-this-process"]
+      + ["--topology", topology, *words],
+      env={**os.environ, **topologies.environment(platform)},
+      stdout=subprocess.PIPE,
+      stderr=log,
+      text=True,
+    )
+    refused = False
+    for line in child.stdout:
+      row = json.loads(line)
+      refused |= row["state"].startswith("refused")
+      print(line.rstrip() if options.json else _line(row), flush=True)
+    code = child.wait()
+    if code:
+      log.seek(0)
+      last = log.read().strip().splitlines()[-1:]
+      print(f"tokjax compile: {topology}: {' '.join(last)}", file=sys.stderr)
+      return 2 if code == 2 else 1
+  return int(refused)
+
+
+def _without(argv, option):
+  """The words without an option and its value, in both spellings."""
+  kept, skip = [], False
+  for word in argv:
+    if not skip and word != option and not word.startswith(option + "="):
+      kept.append(word)
+    skip = word == option and not skip
+  return kept
+
+
+def _compile_here(options):
+  topology = options.topology[0]
+  try:
+    devices = (
+      topologies.h100_topology()
+      if topology == "h100"
+      else topologies.tpu_topology(topology)
+    )
+  except (ModuleNotFoundError, ValueError) as error:
+    print(error, file=sys.stderr)
+    return 2
+  dtypes = options.dtype or (["bf16", "f32"] if options.all else ["bf16"])
+  for program in programs(
+    options.program or list(PROGRAMS),
+    options.shape or list(SHAPES if options.all else _USUAL_SHAPES),
+    options.dim or list(DIMS if options.all else _USUAL_DIMS),
+    [_DTYPES[dtype] for dtype in dtypes],
+  ):
+    print(json.dumps(_compile(program, topology, devices)), flush=True)
+  return 0
+
+
+def _compile(program, topology, devices):
+  """One row: the program and what its compiler said."""
+  row: dict[str, Any] = {
+    "topology": topology,
+    "program": program.name,
+    "dtype": program.dtype,
+    **dataclasses.asdict(program.shape),
+    "estimated_us": roofline_us(program, topology, len(devices)),
+  }
+  function, args, reason = _function(program, topology, devices)
+  if reason:
+    return {**row, "state": f"not covered: {reason}"}
+  try:
+    report = topologies.compile_for(function, args, devices=devices)
+  except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+    return {**row, "state": f"refused: {str(error).splitlines()[0][:300]}"}
+  measured = report._asdict()
+  del measured["text"]
+  return {**row, "state": "compiled", **measured}
+
+
+def _function(program, topology, devices) -> tuple[Callable, tuple, str | None]:
+  """What to compile, its arguments, and why not if it cannot be."""
+  platform = "gpu" if topology == "h100" else "tpu"
+  module = importlib.import_module(f"tokjax.kernels.maxsim.pallas_{platform}")
+  sharded = program.name == "sharded"
+  queries, documents, *masks = _arguments(program, devices if sharded else [])
+  reason = module.unsupported(queries, documents)
+  if reason:
+    return None, (), reason
+  args = (queries, documents, *masks)
+  if program.name.startswith("forward"):
+    index = program.name == "forward+index"
+    forward = functools.partial(module.maxsim_forward, return_index=index)
+    return forward, args, None
+  if program.name == "backward":
+    if "maxsim_backward" not in module.__all__:
+      return None, (), "this platform has its backward in plain XLA"
+    shape = program.shape
+    pairs = (shape.num_queries, shape.num_documents)
+    g = jax.ShapeDtypeStruct(pairs, np.float32)
+    index = jax.ShapeDtypeStruct((*pairs, shape.query_tokens), np.int32)
+    backward = lambda g, index, *args: module.maxsim_backward(g, *args, index)  # noqa: E731
+    return backward, (g, index, *args), None
+
+  # On TPU the function chooses by itself; a program lowered for CUDA does not
+  # say which generation it is for, so there the kernel is named.
+  named = "pallas_gpu" if platform == "gpu" else None
+  score = functools.partial(maxsim.maxsim, implementation=named)
+  if program.name == "maxsim":
+    return score, args, None
+
+  def value(queries, documents, *masks):
+    return score(queries, documents, *masks).sum()
+
+  gradient = jax.value_and_grad(value, argnums=(0, 1))
+  if not sharded:
+    return gradient, args, None
+  if len(devices) == 1:
+    return None, (), "there is one device"
+  return _over_chips(score, devices), args, None
+
+
+def _over_chips(score, devices):
+  """Value and gradient, with the documents of each chip scored there."""
+  whole, cut = jax.P(), jax.P("chips")
+  local_scores = jax.shard_map(
+    score,
+    mesh=_mesh(devices),
+    in_specs=(whole, cut, whole, cut),
+    out_specs=jax.P(None, "chips"),
+  )
+
+  def value(*args):
+    return local_scores(*args).sum()
+
+  return jax.value_and_grad(value, argnums=(0, 1))
+
+
+def _mesh(devices):
+  return jax.sharding.Mesh(np.array(devices), ("chips",))
+
+
+def _arguments(program, devices):
+  """Queries, documents and masks; spread over the devices if there are any."""
+  shape = program.shape
+  whole = cut = None
+  num_documents = shape.num_documents
+  if devices:
+    mesh = _mesh(devices)
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
+    cut = jax.sharding.NamedSharding(mesh, jax.P("chips"))
+    num_documents = -(-num_documents // len(devices)) * len(devices)
+  queries = (shape.num_queries, shape.query_tokens)
+  documents = (num_documents, shape.document_tokens)
+  array = jax.ShapeDtypeStruct
+  return (
+    array((*queries, shape.dim), program.dtype, sharding=whole),
+    array((*documents, shape.dim), program.dtype, sharding=cut),
+    array(queries, bool, sharding=whole),
+    array(documents, bool, sharding=cut),
+  )
+
+
+def roofline_us(
+  program: Program, topology: str, num_devices: int = 1
+) -> float | None:
+  """Lower bound of the time: the larger of arithmetic and compulsory traffic.
+
+  Takes every document as full and the peaks of the data sheet as reached, so
+  it is a bound and no forecast.
+
+  Args:
+    program: what would run.
+    topology: "h100" or the name of a TPU slice.
+    num_devices: devices the documents of a "sharded" program are spread over.
+
+  Returns:
+    Microseconds; None for a device whose peaks are not known here.
+
+  Example:
+    >>> rerank = Program("forward", SHAPES["rerank"], "bfloat16")
+    >>> round(roofline_us(rerank, "v5e:2x2"), 1)  # 76.8 MB at 819 GB/s
+    93.8
+  """
+  peaks = _PEAKS.get(topology.split(":")[0])
+  if peaks is None:
+    return None
+  shape, itemsize = program.shape, np.dtype(program.dtype).itemsize
+  itemsize = itemsize if itemsize <= 4 else 2
+  both = program.name in ("gradient", "sharded")
+  products = {"backward": 2}.get(program.name, 3 if both else 1)
+  flops = products * shape.flops
+  if program.dtype == "float32":
+    flops *= _FLOAT32_PASSES
+  document_bytes = shape.num_documents * shape.document_tokens * shape.dim
+  traffic = products * document_bytes * itemsize
+  if program.name == "sharded":
+    flops, traffic = flops / num_devices, traffic / num_devices
+  return 1e6 * max(flops / peaks[0], traffic / peaks[1])
+
+
+_HEADER = (
+  f"{'topology':<12} {'program':<14} {'shape':<8} {'D':>4} {'dtype':<9}"
+  f"{'compile':>8} {'arguments':>10} {'results':>9} {'temporary':>10}"
+  f" {'on chip':>8} {'GFLOP':>8} {'accessed':>9} {'roofline':>9}"
+  "  kernels and collectives\n"
+  f"{'':<50}{'s':>7} {'MB':>10} {'MB':>9} {'MB':>10} {'MB':>8} {'':>8}"
+  f" {'MB':>9} {'us, est.':>9}"
+)
+
+
+def _line(row):
+  start = (
+    f"{row['topology']:<12} {row['program']:<14} {row['name']:<8}"
+    f" {row['dim']:>4} {row['dtype']:<9}"
+  )
+  if row["state"] != "compiled":
+    return start + row["state"]
+
+  def mega(name, unit=1e6):
+    return "-" if row[name] is None else f"{row[name] / unit:.1f}"
+
+  bound = row["estimated_us"]
+  counts = {**row["kernels"], **row["collectives"]}
+  return (
+    f"{start}{row['seconds']:>8.1f} {mega('argument_bytes'):>10}"
+    f" {mega('output_bytes'):>9} {mega('temp_bytes'):>10}"
+    f" {mega('on_chip_bytes'):>8} {mega('flops', 1e9):>8}"
+    f" {mega('bytes_accessed'):>9}"
+    f" {'-' if bound is None else format(bound, '.1f'):>9}  "
+    + " ".join(f"{name} x{count}" for name, count in counts.items())
+  )
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))
