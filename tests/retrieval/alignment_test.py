@@ -1,9 +1,12 @@
 """Matches become whole words, strongest first, specials left out."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import tokenizers
 
-from tokjax.retrieval import alignment
+from tokjax.retrieval import alignment, colbert
 
 TEXT = "Lift of a swept wing."
 # [CLS] lift of a swe ##pt wing . [SEP]
@@ -59,3 +62,47 @@ def test_errors_name_the_sizes():
     alignment.matched_words(TEXT, SPANS, np.array([1, 2]), np.ones(1), ["x"])
   with pytest.raises(ValueError, match=r"index must lie in 0\.\.8, got 9\.\.9"):
     alignment.matched_words(TEXT, SPANS, np.array([9]), np.ones(1), ["x"])
+
+
+@pytest.fixture
+def tokenizer():
+  names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused0]",
+           "[unused1]", "swe", "##pt", "wing", ".", "lift", "of"]  # fmt: skip
+  built = tokenizers.Tokenizer(
+    tokenizers.models.WordPiece(
+      {name: i for i, name in enumerate(names)}, unk_token="[UNK]"
+    )
+  )
+  built.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+  built.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+  built.post_processor = tokenizers.processors.BertProcessing(
+    ("[SEP]", 3), ("[CLS]", 2)
+  )
+  return built
+
+
+def test_document_spans_follow_marker_and_skiplist(tokenizer):
+  config = colbert.ColbertConfig(document_length=8)
+  found = alignment.document_spans("Swept wing. Lift", tokenizer, config)
+  # [CLS] [D] swe ##pt wing (. is not scored) lift [SEP]
+  assert found.tolist() == [[0, 0], [0, 0], [0, 3], [3, 5], [6, 10], [12, 16],
+                            [0, 0]]  # fmt: skip
+
+
+def test_document_spans_without_specials(tokenizer):
+  config = dataclasses.replace(
+    colbert.ColbertConfig.zero_shot(4), score_specials=False
+  )
+  found = alignment.document_spans("wing of swept", tokenizer, config)
+  assert found.tolist() == [[0, 4], [5, 7]]  # cut to four with [CLS], [SEP]
+
+
+def test_query_spans_stop_before_the_padding(tokenizer):
+  config = colbert.ColbertConfig(query_length=32)
+  found = alignment.query_spans("lift", tokenizer, config)
+  assert found.tolist() == [[0, 0], [0, 0], [0, 4], [0, 0]]
+
+
+def test_empty_text_has_only_specials(tokenizer):
+  config = colbert.ColbertConfig.zero_shot()
+  assert alignment.query_spans("", tokenizer, config).tolist() == [[0, 0]] * 2

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 
-__all__ = ["Match", "matched_words"]
+from tokjax.retrieval import colbert, masks
+
+__all__ = ["Match", "document_spans", "matched_words", "query_spans"]
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -91,3 +94,61 @@ def matched_words(
     if word not in best or best[word].similarity < score:
       best[word] = Match(*words[word], float(score), name)
   return [best[word] for word in sorted(best)]
+
+
+def document_spans(
+  text: str, tokenizer: tokenizers.Tokenizer, config: colbert.ColbertConfig
+) -> np.ndarray:
+  """Characters of each row that `colbert.encode_documents` gives for a text.
+
+  Args:
+    text: the document.
+    tokenizer: as it was encoded with.
+    config: as it was encoded with.
+
+  Returns:
+    int[N, 2], [start, end) of each scored token; start == end for tokens that
+    stand for no text.
+  """
+  ids, spans = _spans(
+    text, tokenizer, config.document_length, config.document_marker
+  )
+  scored = ~np.isin(ids, masks.skip_ids(tokenizer, config.skip_words))
+  if not config.score_specials:
+    scored &= spans[:, 0] < spans[:, 1]
+  return spans[scored]
+
+
+def query_spans(
+  text: str, tokenizer: tokenizers.Tokenizer, config: colbert.ColbertConfig
+) -> np.ndarray:
+  """Characters of each row that `colbert.encode_queries` gives for a text.
+
+  Args:
+    text: the query.
+    tokenizer: as it was encoded with.
+    config: as it was encoded with.
+
+  Returns:
+    int[Q, 2], [start, end) of each token, up to the closing special token;
+    start == end for tokens that stand for no text. Rows of [MASK] padding,
+    which follow in the encoded query, are left out.
+  """
+  return _spans(text, tokenizer, config.query_length, config.query_marker)[1]
+
+
+def _spans(text, tokenizer, length, marker):
+  """Token ids with special tokens, and the characters of each."""
+  row, specials = colbert.tokenize(
+    [text, ""], tokenizer, length=length, marker=marker
+  )
+  words = tokenizer.encode(text, add_special_tokens=False)
+  count = len(row) - len(specials)
+  first = next(
+    place
+    for place in range(len(specials) + 1)
+    if list(row[place : place + count]) == words.ids[:count]
+  )
+  spans = np.zeros((len(row), 2), np.int64)
+  spans[first : first + count] = np.reshape(words.offsets[:count], (-1, 2))
+  return row, spans
