@@ -1,0 +1,223 @@
+import importlib.util
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from tokjax.models import bert, bert_weights, weights
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+CONFIG = bert.BertConfig(
+  vocab_size=30,
+  width=12,
+  num_layers=2,
+  num_heads=3,
+  mlp_width=20,
+  max_positions=16,
+)
+hook = pytest.mark.skipif(
+  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
+)
+
+
+def tiny(config=CONFIG):
+  return bert.Bert(config, rngs=nnx.Rngs(0))
+
+
+def golden_maker():
+  path = GOLDEN / "make_encoders.py"
+  spec = importlib.util.spec_from_file_location("make_encoders", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize("name", ["bert_tiny", "distilbert_tiny"])
+def test_equals_stored_transformers_activations(name):
+  folder = GOLDEN / name
+  encoder = bert_weights.load_encoder(
+    json.loads((folder / "config.json").read_text()),
+    weights.read_tensors(weights.weight_files(folder)),
+  )
+  want = np.load(folder / "hidden.npz")
+  got = encoder(jnp.asarray(want["ids"]), jnp.asarray(want["mask"]))
+  np.testing.assert_allclose(got, want["hidden"], atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", ["bert_tiny", "distilbert_tiny"])
+def test_equals_transformers_computed_now(name, seed):
+  pytest.importorskip("transformers")
+  maker = golden_maker()
+  settings = dict(maker.KINDS[name])
+  settings["num_hidden_layers" if name == "bert_tiny" else "n_layers"] = (
+    1 + seed
+  )
+  settings["num_attention_heads" if name == "bert_tiny" else "n_heads"] = 8
+  model = maker.torch_encoder(name, settings, seed)
+  ids, mask = maker.example(settings, seed, batch=4, length=19)
+  encoder = bert_weights.load_encoder(
+    model.config.to_dict(),
+    {k: v.numpy() for k, v in model.state_dict().items()},
+  )
+  got = encoder(jnp.asarray(ids), jnp.asarray(mask))
+  np.testing.assert_allclose(
+    got, maker.torch_hidden(model, ids, mask), atol=1e-4
+  )
+
+
+def test_attention_equals_a_loop():
+  q, k, v = np.random.default_rng(0).normal(size=(3, 2, 5, 2, 4))
+  mask = np.array([[True] * 5, [True, False, True, False, False]])
+  got = bert.attend(*map(jnp.float32, (q, k, v)), jnp.asarray(mask))
+  for b, i, h in np.ndindex(2, 5, 2):
+    keys = np.flatnonzero(mask[b])
+    weight = np.exp([q[b, i, h] @ k[b, j, h] / 2 for j in keys])
+    want = (weight / weight.sum()) @ v[b, keys, h]
+    np.testing.assert_allclose(got[b, i, h], want, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_ids_and_padding_length_do_not_matter():
+  encoder = tiny()
+  ids = jax.random.randint(jax.random.key(0), (2, 6), 0, 30)
+  mask = jnp.array([[True] * 6, [True] * 4 + [False] * 2])
+  want = encoder(ids, mask)
+  other = encoder(
+    jnp.pad(jnp.where(mask, ids, 7), ((0, 0), (0, 3)), constant_values=9),
+    jnp.pad(mask, ((0, 0), (0, 3))),
+  )
+  np.testing.assert_allclose(other[0, :6], want[0], atol=1e-6)
+  np.testing.assert_allclose(other[1, :4], want[1, :4], atol=1e-6)
+
+
+def test_batch_equals_one_by_one():
+  encoder = tiny()
+  ids = jax.random.randint(jax.random.key(1), (3, 7), 0, 30)
+  mask = jnp.arange(7)[None] < jnp.array([7, 3, 1])[:, None]
+  want = encoder(ids, mask)
+  for i in range(3):
+    alone = encoder(ids[i : i + 1], mask[i : i + 1])
+    np.testing.assert_allclose(alone[0], want[i], atol=1e-6)
+
+
+def test_unattended_position_still_sees_the_attended_ones():
+  """What ColBERT's [MASK] tokens need."""
+  encoder = tiny()
+  mask = jnp.array([[True, True, False]])
+  one = encoder(jnp.array([[3, 4, 9]]), mask)
+  two = encoder(jnp.array([[3, 5, 9]]), mask)
+  assert np.abs(one[0, 2] - two[0, 2]).max() > 1e-3
+
+
+def test_row_without_tokens_is_finite_in_value_and_gradient():
+  encoder, ids = tiny(), jnp.zeros((1, 4), jnp.int32)
+  mask = jnp.zeros((1, 4), bool)
+  gradient = jax.grad(lambda e: jnp.sum(jnp.sin(e(ids, mask))))(encoder)
+  assert np.isfinite(encoder(ids, mask)).all()
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+def test_gradient_reaches_every_parameter_but_unused_rows():
+  encoder = tiny()
+  ids = jnp.array([[1, 2, 3]])
+  weight = jax.random.normal(jax.random.key(3), (1, 3, 12))
+  gradient = jax.grad(lambda e: jnp.sum(e(ids) * weight))(encoder)
+  words = np.abs(gradient.words.embedding[...]).max(axis=1)
+  assert (words[1:4] > 0).all() and (words[4:] == 0).all()
+  blocks = gradient.blocks
+  for part in (blocks.out, blocks.up, blocks.down, blocks.qkv):
+    assert (np.abs(part.kernel[...]).max(axis=(1, 2)) > 0).all()
+
+
+def test_dropout_only_with_a_key():
+  encoder, ids = tiny(), jnp.array([[1, 2, 3, 4]])
+  dropped = encoder(ids, key=jax.random.key(0))
+  np.testing.assert_array_equal(dropped, encoder(ids, key=jax.random.key(0)))
+  assert np.abs(dropped - encoder(ids)).max() > 1e-2
+  still = tiny(
+    bert.BertConfig(
+      **{**vars(CONFIG), "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+    )
+  )
+  np.testing.assert_allclose(
+    still(ids, key=jax.random.key(0)), still(ids), atol=1e-6
+  )
+
+
+def test_bfloat16_weights_compute_in_bfloat16_near_float32():
+  encoder, ids = tiny(), jnp.array([[1, 2, 3, 4]])
+  low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), encoder)
+  high = jax.tree.map(lambda x: x.astype(jnp.float32), low)
+  got = low(ids)
+  assert got.dtype == jnp.bfloat16
+  # 2 layers of rounding to 8 bits, on values of size 1.
+  np.testing.assert_allclose(np.float32(got), high(ids), atol=0.06)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_over_the_batch_equals_one_device(kind):
+  encoder = tiny()
+  ids = jax.random.randint(jax.random.key(2), (8, 5), 0, 30)
+  mask = jnp.arange(5)[None] < jnp.array([5, 4, 3, 2, 1, 5, 5, 2])[:, None]
+  want = encoder(ids, mask)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+  with jax.set_mesh(mesh):
+    shards = jax.device_put((ids, mask), jax.P("data"))
+    weights_ = jax.device_put(encoder, jax.P())
+    got = jax.jit(lambda e, i, m: e(i, m))(weights_, *shards)
+  np.testing.assert_allclose(jax.device_get(got), want, atol=1e-6)
+
+
+def test_segments():
+  encoder, ids = tiny(), jnp.array([[1, 2, 3]])
+  zero = encoder(ids, segments=jnp.zeros_like(ids))
+  np.testing.assert_allclose(zero, encoder(ids), atol=1e-6)
+  other = encoder(ids, segments=jnp.array([[0, 1, 1]]))
+  assert np.abs(other - zero).max() > 1e-3
+
+
+@hook
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda e: e(jnp.zeros((1, 17), jnp.int32)), "max_positions=16"),
+    (lambda e: e(jnp.zeros((3,), jnp.int32)), "ids must have 2 axes"),
+    (
+      lambda e: e(jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 4), bool)),
+      "attention_mask must have the shape of ids",
+    ),
+    (
+      lambda e: tiny(bert.BertConfig(**{**vars(CONFIG), "num_segments": 0}))(
+        jnp.zeros((1, 3), jnp.int32), segments=jnp.zeros((1, 3), int)
+      ),
+      "this encoder has no segments",
+    ),
+    (
+      lambda e: tiny(bert.BertConfig(width=10, num_heads=3)),
+      "width must be a multiple of 3",
+    ),
+  ],
+)
+def test_errors_name_the_argument(call, message):
+  with pytest.raises(ValueError, match=message):
+    call(tiny())
+
+
+def test_gelu_is_the_exact_one():
+  x = jnp.linspace(-6, 6, 401)
+  want = jax.nn.gelu(x, approximate=False)
+  np.testing.assert_allclose(bert.gelu(x), want, atol=2e-6)
+
+
+def test_config_from_json_reads_the_shape():
+  folder = GOLDEN / "distilbert_tiny"
+  read = json.loads((folder / "config.json").read_text())
+  config = bert_weights.config_from_json(read)
+  assert (config.width, config.num_heads) == (read["dim"], read["n_heads"])
+  assert config.num_segments == 0

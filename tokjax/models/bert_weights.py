@@ -1,0 +1,174 @@
+"""Which tensor of a transformers file is which parameter of `Bert`."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tokjax import checks
+from tokjax.models import bert, weights
+from tokjax.models.weights import Source
+
+__all__ = [
+  "BERT_TABLE",
+  "DISTILBERT_TABLE",
+  "config_from_json",
+  "load_encoder",
+]
+
+
+def _linear(target: str, *names: str) -> dict[str, Source]:
+  return {
+    f"{target}.kernel": Source(tuple(f"{n}.weight" for n in names), True),
+    f"{target}.bias": Source(tuple(f"{n}.bias" for n in names)),
+  }
+
+
+def _norm(target: str, name: str) -> dict[str, Source]:
+  return {
+    f"{target}.scale": Source((f"{name}.weight",)),
+    f"{target}.bias": Source((f"{name}.bias",)),
+  }
+
+
+_B = "encoder.layer.{layer}"
+BERT_TABLE: Mapping[str, Source] = {
+  "words.embedding": Source(("embeddings.word_embeddings.weight",)),
+  "positions.embedding": Source(("embeddings.position_embeddings.weight",)),
+  "segments.embedding": Source(("embeddings.token_type_embeddings.weight",)),
+  **_norm("norm", "embeddings.LayerNorm"),
+  **_linear(
+    "blocks.qkv",
+    f"{_B}.attention.self.query",
+    f"{_B}.attention.self.key",
+    f"{_B}.attention.self.value",
+  ),
+  **_linear("blocks.out", f"{_B}.attention.output.dense"),
+  **_norm("blocks.norm_attention", f"{_B}.attention.output.LayerNorm"),
+  **_linear("blocks.up", f"{_B}.intermediate.dense"),
+  **_linear("blocks.down", f"{_B}.output.dense"),
+  **_norm("blocks.norm_mlp", f"{_B}.output.LayerNorm"),
+}
+
+_D = "transformer.layer.{layer}"
+DISTILBERT_TABLE: Mapping[str, Source] = {
+  "words.embedding": Source(("embeddings.word_embeddings.weight",)),
+  "positions.embedding": Source(("embeddings.position_embeddings.weight",)),
+  **_norm("norm", "embeddings.LayerNorm"),
+  **_linear(
+    "blocks.qkv",
+    f"{_D}.attention.q_lin",
+    f"{_D}.attention.k_lin",
+    f"{_D}.attention.v_lin",
+  ),
+  **_linear("blocks.out", f"{_D}.attention.out_lin"),
+  **_norm("blocks.norm_attention", f"{_D}.sa_layer_norm"),
+  **_linear("blocks.up", f"{_D}.ffn.lin1"),
+  **_linear("blocks.down", f"{_D}.ffn.lin2"),
+  **_norm("blocks.norm_mlp", f"{_D}.output_layer_norm"),
+}
+
+_TABLES = {"bert": BERT_TABLE, "distilbert": DISTILBERT_TABLE}
+# In front of the encoder's names, by the class that saved the file.
+_PREFIXES = ("", "bert.", "distilbert.", "model.")
+# Tensors that an encoder file may hold and that we have no use for: index
+# buffers, the pooler, language-model and sentence-order heads.
+_IGNORED = re.compile(
+  r"(.*\.)?(position_ids|token_type_ids)"
+  r"|(.*\.)?pooler\.dense\.(weight|bias)"
+  r"|cls\..*"
+  r"|vocab_(transform|layer_norm|projector)\.(weight|bias)"
+)
+
+
+def config_from_json(config: Mapping[str, Any]) -> bert.BertConfig:
+  """Our shape of an encoder from the `config.json` of transformers.
+
+  Raises:
+    ValueError: for another model type, activation or kind of positions.
+  """
+  kind = config.get("model_type")
+  checks.one_of(tuple(_TABLES), model_type=kind)
+  activation = config.get(
+    "activation" if kind == "distilbert" else "hidden_act", "gelu"
+  )
+  checks.one_of(("gelu",), activation=activation)
+  positions = config.get("position_embedding_type", "absolute")
+  checks.one_of(("absolute",), position_embedding_type=positions)
+  if kind == "distilbert":
+    return bert.BertConfig(
+      vocab_size=config["vocab_size"],
+      width=config["dim"],
+      num_layers=config["n_layers"],
+      num_heads=config["n_heads"],
+      mlp_width=config["hidden_dim"],
+      max_positions=config["max_position_embeddings"],
+      num_segments=0,
+      dropout_rate=config.get("dropout", 0.1),
+      attention_dropout_rate=config.get("attention_dropout", 0.1),
+    )
+  return bert.BertConfig(
+    vocab_size=config["vocab_size"],
+    width=config["hidden_size"],
+    num_layers=config["num_hidden_layers"],
+    num_heads=config["num_attention_heads"],
+    mlp_width=config["intermediate_size"],
+    max_positions=config["max_position_embeddings"],
+    num_segments=config.get("type_vocab_size", 2),
+    norm_epsilon=config.get("layer_norm_eps", 1e-12),
+    dropout_rate=config.get("hidden_dropout_prob", 0.1),
+    attention_dropout_rate=config.get("attention_probs_dropout_prob", 0.1),
+  )
+
+
+def load_encoder(
+  config: Mapping[str, Any],
+  tensors: Mapping[str, np.ndarray],
+  *,
+  ignored: Iterable[str] = (),
+) -> bert.Bert:
+  """Builds the encoder that a `config.json` describes from its tensors.
+
+  Args:
+    config: the parsed `config.json`.
+    tensors: all tensors of the file, by name.
+    ignored: names that belong to somebody else, such as a projection head.
+
+  Returns:
+    The module, parameters in float32.
+
+  Raises:
+    ValueError: listing unknown names, missing names and wrong shapes.
+  """
+  shape = config_from_json(config)
+  table = _TABLES[config["model_type"]]
+  # Checkpoints that came from TensorFlow call the two norm parameters so.
+  tensors = {
+      re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight",
+             re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)): x
+      for name, x in tensors.items()
+      if name not in set(ignored) and not _IGNORED.fullmatch(name)
+  }  # fmt: skip
+  words = table["words.embedding"].names[0]
+  prefixes = [p for p in _PREFIXES if p + words in tensors]
+  if not prefixes:
+    raise ValueError(
+      f"no word table {words!r} under any of the prefixes {_PREFIXES}; the "
+      f"file holds {sorted(tensors)[:8]} ..."
+    )
+  module = jax.eval_shape(lambda: bert.Bert(shape, rngs=nnx.Rngs(0)))
+  return weights.fill(
+    module,
+    tensors,
+    {
+      target: Source(
+        tuple(prefixes[0] + name for name in source.names),
+        source.transpose,
+      )
+      for target, source in table.items()
+    },
+    num_layers=shape.num_layers,
+  )
