@@ -5,16 +5,17 @@ A row is a `Case`: a function of arrays only, and how to make its inputs.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType
 
-__all__ = ["Case", "check_bfloat16", "check_compiles_once", "check_finite_grad",
-           "check_jit", "check_sharded", "check_vmap", "ids"]  # fmt: skip
+__all__ = ["Case", "all_checks", "assert_same"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +42,6 @@ class Case:
   differentiable: tuple[int, ...] = ()
   tolerance: float = 1e-5
   bfloat16_tolerance: float | None = 0.05
-
-
-def ids(cases: list[Case]) -> list[str]:
-  return [case.name for case in cases]
 
 
 def assert_same(got, want, tolerance: float) -> None:
@@ -149,3 +146,27 @@ def check_finite_grad(case: Case) -> None:
   for gradient in gradients:
     assert np.isfinite(np.asarray(gradient, np.float32)).all()
     assert np.abs(np.asarray(gradient, np.float32)).max() > 0
+
+
+_CHECKS = {
+  "jit": check_jit,
+  "compiles_once": check_compiles_once,
+  "sharded_auto": functools.partial(check_sharded, kind=AxisType.Auto),
+  "sharded_explicit": functools.partial(check_sharded, kind=AxisType.Explicit),
+  "vmap": check_vmap,
+  "bfloat16": check_bfloat16,
+  "finite_grad": check_finite_grad,
+}
+
+
+def all_checks(cases: list[Case]):
+  """Decorates `test(check, case)` so that it runs every check on every row."""
+
+  def decorate(test):
+    rows = pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    checks = pytest.mark.parametrize(
+      "check", _CHECKS.values(), ids=list(_CHECKS)
+    )
+    return rows(checks(test))
+
+  return decorate
