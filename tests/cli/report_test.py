@@ -16,8 +16,8 @@ def example() -> report.Report:
     title="Search & rescue",
     facts={"corpus": "three <documents>"},
     methods=[
-      report.Method("BM25", metrics, 10, 0.1, note="words"),
-      report.Method("MaxSim", {**metrics, "nDCG@10": 0.625}, 12_345, 2.0),
+      report.Method("BM25", metrics, 10.0, 0.1, note="words"),
+      report.Method("MaxSim", {**metrics, "nDCG@10": 0.625}, 12_345.0, 2.0),
     ],
     answers=[report.Answer("what lifts?", [("d1", 1.25, spans)])],
   )

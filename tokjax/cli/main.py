@@ -20,6 +20,7 @@ COMMANDS = {
   "encode": "encode a corpus into one file of token vectors",
   "compile": "compile the kernels for TPU and H100 without owning one",
   "bench": "measure the hot paths on this machine against their baselines",
+  "claim": "repeat the experiment behind one of our statements",
   "list": "the published systems, and which of them exist here",
 }
 

@@ -109,7 +109,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td small { display: block; color: var(--quiet); white-space: normal;
   min-width: 13rem; }
 .best { color: var(--best); font-weight: 700; }
-figure { margin: 1rem 0; } svg { width: 100%; height: auto; }
+figure { margin: 1rem 0; }
+svg { width: 100%; min-width: 34rem; height: auto; }
 article { border: 1px solid var(--line); border-radius: 8px; margin: 1rem 0;
   padding: .9rem 1.1rem; }
 article h3 { margin: 0 0 .6rem; font-size: 1.02rem; }
@@ -137,13 +138,15 @@ def _plot(methods: list[Method], metric: str, dark: bool) -> str:
     ms = [max(m.ms_per_query, 1e-3) for m in methods]
     quality = [m.metrics[metric] for m in methods]
     axes.scatter(ms, quality, s=60, color=color, zorder=3)
-    for method, x, y in zip(methods, ms, quality, strict=True):
+    for method, x, y, lift in zip(
+      methods, ms, quality, _lifts(ms, quality), strict=True
+    ):
       axes.annotate(
-          method.name, (x, y), xytext=(0, 9), textcoords="offset points",
-          ha="center",
+        method.name, (x, y), xytext=(0, 9 + 13 * lift), ha="center",
+        textcoords="offset points",
       )  # fmt: skip
     axes.set_xscale("log")
-    axes.margins(x=0.18, y=0.22)
+    axes.margins(x=0.18, y=0.3)
     axes.set_xlabel("milliseconds per query (log scale)")
     axes.set_ylabel(metric)
     axes.grid(color=line, linewidth=0.6)
@@ -154,6 +157,20 @@ def _plot(methods: list[Method], metric: str, dark: bool) -> str:
     plt.close(figure)
   svg = buffer.getvalue()
   return svg[svg.index("<svg") :]
+
+
+def _lifts(ms: list[float], quality: list[float]) -> list[int]:
+  """How many lines to lift each label so that near points do not collide."""
+  height = (max(quality) - min(quality)) or 1.0
+  lifts: dict[int, int] = {}
+  for i in sorted(range(len(ms)), key=ms.__getitem__):
+    taken = {
+      lifts[j]
+      for j in lifts
+      if ms[i] < 10 * ms[j] and abs(quality[i] - quality[j]) < 0.2 * height
+    }
+    lifts[i] = next(n for n in range(len(ms)) if n not in taken)
+  return [lifts[i] for i in range(len(ms))]
 
 
 def _bytes(count: float) -> str:
@@ -237,8 +254,8 @@ def write_report(path: str | os.PathLike, report: Report) -> pathlib.Path:
     f"</head><body><main><h1>{html.escape(report.title)}</h1><dl>{facts}</dl>"
     "<h2>Quality and cost</h2>"
     f"<div class='scroll'>{_table(report.methods)}</div>"
-    f"<figure>{plots}<figcaption>Up is better, left is cheaper."
-    "</figcaption></figure>"
+    f"<figure><div class='scroll'>{plots}</div>"
+    "<figcaption>Up is better, left is cheaper.</figcaption></figure>"
     "<h2>Questions</h2><p>A marked word is the one that a word of the "
     "question matched best; the stronger the mark, the higher the cosine. "
     f"Hover to see which.</p>{answers}</main></body></html>"

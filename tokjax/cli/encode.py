@@ -1,0 +1,180 @@
+"""`tokjax encode`: a corpus as one file of token vectors."""
+
+import argparse
+import json
+import os
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from tokjax.cli.evaluate import DEFAULT_MODEL
+from tokjax.data import corpus
+from tokjax.models import checkpoints
+from tokjax.retrieval import colbert
+
+__all__ = ["EncodedCorpus", "encode_corpus", "main", "read", "write"]
+
+
+class EncodedCorpus(NamedTuple):
+  """A corpus that has been encoded.
+
+  Attributes:
+    ids: one string per document.
+    texts: one text per document, as it was encoded.
+    documents: the token vectors.
+    model: where the checkpoint came from.
+    sha256: of its weights.
+  """
+
+  ids: list[str]
+  texts: list[str]
+  documents: colbert.Documents
+  model: str
+  sha256: str
+
+
+def encode_corpus(
+  path: str | os.PathLike,
+  model: str = DEFAULT_MODEL,
+  *,
+  dtype: str = "float32",
+  progress: bool = True,
+) -> EncodedCorpus:
+  """Reads and encodes a user's corpus.
+
+  Args:
+    path: what `tokjax.data.corpus.load` reads.
+    model: what `tokjax.models.checkpoints.load` reads.
+    dtype: the encoder computes in this.
+    progress: show a progress bar.
+
+  Returns:
+    The encoded corpus.
+
+  Raises:
+    ValueError: for a corpus or checkpoint that is not there or damaged.
+  """
+  texts = corpus.load(path)
+  checkpoint = checkpoints.load(model)
+  documents = colbert.encode_documents(
+    texts.texts,
+    checkpoint.tokenizer,
+    checkpoint.encoder,
+    checkpoint.head,
+    checkpoint.config,
+    dtype=dtype,
+    progress=progress,
+  )
+  return EncodedCorpus(
+    list(texts.ids), texts.texts, documents, model, checkpoint.sha256
+  )
+
+
+def write(path: str | os.PathLike, encoded: EncodedCorpus) -> None:
+  """Writes an encoded corpus as safetensors; vectors as float16.
+
+  Args:
+    path: the file; written aside and renamed.
+    encoded: what to write.
+  """
+  path = pathlib.Path(path)
+  documents = encoded.documents
+  facts = {
+    "ids": json.dumps(encoded.ids),
+    "texts": json.dumps(encoded.texts),
+    "model": encoded.model,
+    "sha256": encoded.sha256,
+  }
+  path.parent.mkdir(parents=True, exist_ok=True)
+  aside = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    safetensors.numpy.save_file(
+      {
+        "tokens": np.asarray(documents.tokens, np.float16),
+        "offsets": documents.offsets,
+        "pooled": documents.pooled,
+      },
+      aside,
+      metadata=facts,
+    )
+    aside.replace(path)
+  finally:
+    aside.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike) -> EncodedCorpus:
+  """Reads what `write` wrote.
+
+  Args:
+    path: the file.
+
+  Returns:
+    The encoded corpus, vectors float16.
+
+  Raises:
+    ValueError: if the file is truncated, damaged or something else.
+  """
+  try:
+    with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
+      facts = file.metadata() or {}
+      arrays = {name: file.get_tensor(name) for name in file.keys()}
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"{path} is not a complete file: {error}") from error
+  missing = {"ids", "texts", "model", "sha256"} - facts.keys()
+  missing |= {"tokens", "offsets", "pooled"} - arrays.keys()
+  if missing:
+    raise ValueError(
+      f"{path} was not written by `tokjax encode`: no {sorted(missing)}"
+    )
+  return EncodedCorpus(
+    json.loads(facts["ids"]),
+    json.loads(facts["texts"]),
+    colbert.Documents(arrays["tokens"], arrays["offsets"], arrays["pooled"]),
+    facts["model"],
+    facts["sha256"],
+  )
+
+
+def main(argv: list[str]) -> int:
+  """Encodes a corpus; see `tokjax encode --help`."""
+  parser = argparse.ArgumentParser(
+    prog="tokjax encode",
+    description="Encodes a corpus into one file of token vectors (float16),"
+    " which `tokjax index` takes in place of the corpus.",
+  )
+  add = parser.add_argument
+  add(
+    "corpus",
+    help="a .jsonl file (_id or id, text, maybe title), a folder in BEIR"
+    " layout, or a folder of .txt and .md files",
+  )
+  add("file", help="the .safetensors file to write")
+  add("--model", default=DEFAULT_MODEL, help="folder, package or hub name")
+  add("--dtype", default="float32", choices=("float32", "bfloat16"))
+  add("--json", action="store_true", help="print the counts as JSON")
+  options = parser.parse_args(argv)
+  encoded = encode_corpus(
+    options.corpus,
+    options.model,
+    dtype=options.dtype,
+    progress=not options.json,
+  )
+  write(options.file, encoded)
+  counts = {
+    "file": options.file,
+    "documents": len(encoded.ids),
+    "tokens": len(encoded.documents.tokens),
+    "bytes": os.path.getsize(options.file),
+    "sha256": encoded.sha256,
+  }
+  if options.json:
+    print(json.dumps(counts))
+  else:
+    print(
+      "{file}: {documents:,} documents, {tokens:,} tokens, {bytes:,} bytes;"
+      " model sha256 {sha256}".format(**counts)
+    )
+  return 0
