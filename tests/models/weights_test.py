@@ -25,7 +25,7 @@ def leaves(encoder):
   return jax.tree.leaves(encoder)
 
 
-def same(one, two):
+def assert_same(one, two):
   for a, b in zip(leaves(one), leaves(two), strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -44,7 +44,7 @@ def test_prefix_and_known_extras_change_nothing(prefix):
   named[prefix + "embeddings.position_ids"] = np.arange(24)[None]
   named[prefix + "pooler.dense.weight"] = np.zeros((16, 16), np.float32)
   named["cls.predictions.bias"] = np.zeros(60, np.float32)
-  same(
+  assert_same(
     bert_weights.load_encoder(config(), named),
     bert_weights.load_encoder(config(), tensors()),
   )
@@ -57,7 +57,7 @@ def test_tensorflow_norm_names():
     ): x
     for name, x in tensors().items()
   }
-  same(
+  assert_same(
     bert_weights.load_encoder(config(), named),
     bert_weights.load_encoder(config(), tensors()),
   )
