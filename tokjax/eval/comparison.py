@@ -22,7 +22,7 @@ __all__ = ["METHODS", "Measured", "compare"]
 
 # name -> what it is, one line, for tables and reports
 METHODS = {
-  "bm25": "BM25: words, no model",
+  "bm25": "BM25: words of the whole text, no model",
   "dense": "one mean vector per text",
   "maxsim": "MaxSim over all tokens of all documents",
   "dense+maxsim": "candidates by the mean vector, MaxSim re-rank",
