@@ -106,3 +106,14 @@ def test_query_spans_stop_before_the_padding(tokenizer):
 def test_empty_text_has_only_specials(tokenizer):
   config = colbert.ColbertConfig.zero_shot()
   assert alignment.query_spans("", tokenizer, config).tolist() == [[0, 0]] * 2
+
+
+def test_align_joins_spans_and_similarities(tokenizer):
+  config = colbert.ColbertConfig.zero_shot()
+  # [CLS] lift [SEP] and padding; [CLS] swe ##pt wing [SEP]
+  query = np.eye(5, dtype=np.float32)[[0, 1, 2, 4]]
+  document = np.eye(5, dtype=np.float32)[[0, 3, 1, 3, 2]]
+  found = alignment.align(
+    "lift", "swept wing", query, document, tokenizer, config
+  )
+  assert found == [alignment.Match(0, 5, 1.0, "lift")]

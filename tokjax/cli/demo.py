@@ -185,20 +185,13 @@ def _spans(encoded, queries, i, question, j):
   """The text of document j, cut where a word answered question i."""
   text = encoded.dataset.document_texts[j]
   start, end = encoded.documents.offsets[j : j + 2]
-  settings = (encoded.checkpoint.tokenizer, encoded.checkpoint.config)
-  met = maxsim.maxsim_alignment(
-    jnp.asarray(queries.tokens[i : i + 1]),
-    jnp.asarray(encoded.documents.tokens[None, start:end]),
-    jnp.asarray(queries.mask[i : i + 1]),
-  )
-  names = [question[a:b] for a, b in alignment.query_spans(question, *settings)]
-  scored = len(names)  # padding of shorter questions names nothing
-  matches = alignment.matched_words(
+  matches = alignment.align(
+    question,
     text,
-    alignment.document_spans(text, *settings),
-    np.asarray(met.index[0, 0, :scored]),
-    np.asarray(met.similarity[0, 0, :scored]),
-    names,
+    queries.tokens[i],
+    encoded.documents.tokens[start:end],
+    encoded.checkpoint.tokenizer,
+    encoded.checkpoint.config,
   )
   spans, at = [], 0
   for match in matches:

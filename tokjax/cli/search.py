@@ -7,13 +7,10 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from tokjax.cli import index as index_command
-from tokjax.kernels import maxsim
 from tokjax.models import checkpoints
 from tokjax.retrieval import (
   alignment,
@@ -125,18 +122,13 @@ class Searcher(NamedTuple):
       checkpoint.config,
       progress=False,
     )
-    encoded = self.encode(query)
-    settings = (checkpoint.tokenizer, checkpoint.config)
-    names = [query[a:b] for a, b in alignment.query_spans(query, *settings)]
-    met = maxsim.maxsim_alignment(
-      jnp.asarray(encoded.tokens), jnp.asarray(document.tokens)[None]
-    )
-    return alignment.matched_words(
+    return alignment.align(
+      query,
       text,
-      alignment.document_spans(text, *settings),
-      np.asarray(met.index[0, 0, : len(names)]),
-      np.asarray(met.similarity[0, 0, : len(names)]),
-      names,
+      self.encode(query).tokens[0],
+      document.tokens,
+      checkpoint.tokenizer,
+      checkpoint.config,
     )
 
 

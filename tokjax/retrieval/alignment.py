@@ -8,12 +8,14 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
+from tokjax.kernels import maxsim
 from tokjax.retrieval import colbert, masks
 
-__all__ = ["Match", "document_spans", "matched_words", "query_spans"]
+__all__ = ["Match", "align", "document_spans", "matched_words", "query_spans"]
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -94,6 +96,41 @@ def matched_words(
     if word not in best or best[word].similarity < score:
       best[word] = Match(*words[word], float(score), name)
   return [best[word] for word in sorted(best)]
+
+
+def align(
+  query: str,
+  text: str,
+  query_tokens: np.ndarray,
+  document_tokens: np.ndarray,
+  tokenizer: tokenizers.Tokenizer,
+  config: colbert.ColbertConfig,
+) -> list[Match]:
+  """Words of a text that the words of a query matched best.
+
+  Args:
+    query: the query's text.
+    text: the document's text.
+    query_tokens: [Q, D], as `colbert.encode_queries` gives; rows of padding
+      at the end name no word.
+    document_tokens: [N, D], as `colbert.encode_documents` gives.
+    tokenizer: as both were encoded with.
+    config: as both were encoded with.
+
+  Returns:
+    What `matched_words` returns.
+  """
+  names = [query[a:b] for a, b in query_spans(query, tokenizer, config)]
+  met = maxsim.maxsim_alignment(
+    jnp.asarray(query_tokens)[None], jnp.asarray(document_tokens)[None]
+  )
+  return matched_words(
+    text,
+    document_spans(text, tokenizer, config),
+    np.asarray(met.index[0, 0, : len(names)]),
+    np.asarray(met.similarity[0, 0, : len(names)]),
+    names,
+  )
 
 
 def document_spans(
