@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 import tokjax
-from tokjax.cli import evaluate, index, report
+from tokjax.cli import evaluate, files, index, report
 from tokjax.eval import comparison
 from tokjax.kernels import maxsim
 from tokjax.retrieval import alignment, colbert
@@ -242,6 +242,5 @@ def _write_results(path, facts, rows):
   fields = [dataclasses.asdict(row) for row in rows]
   for row in fields:
     del row["run"]
-  aside = path.with_suffix(".json.new")
-  aside.write_text(json.dumps({"facts": facts, "rows": fields}, indent=1))
-  aside.replace(path)
+  with files.replacing(path) as aside:
+    aside.write_text(json.dumps({"facts": facts, "rows": fields}, indent=1))

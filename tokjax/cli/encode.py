@@ -3,13 +3,13 @@
 import argparse
 import json
 import os
-import pathlib
 from typing import NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from tokjax.cli import files
 from tokjax.cli.evaluate import DEFAULT_MODEL
 from tokjax.data import corpus
 from tokjax.models import checkpoints
@@ -80,7 +80,6 @@ def write(path: str | os.PathLike, encoded: EncodedCorpus) -> None:
     path: the file; written aside and renamed.
     encoded: what to write.
   """
-  path = pathlib.Path(path)
   documents = encoded.documents
   facts = {
     "ids": json.dumps(encoded.ids),
@@ -88,9 +87,7 @@ def write(path: str | os.PathLike, encoded: EncodedCorpus) -> None:
     "model": encoded.model,
     "sha256": encoded.sha256,
   }
-  path.parent.mkdir(parents=True, exist_ok=True)
-  aside = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
+  with files.replacing(path) as aside:
     safetensors.numpy.save_file(
       {
         "tokens": np.asarray(documents.tokens, np.float16),
@@ -100,9 +97,6 @@ def write(path: str | os.PathLike, encoded: EncodedCorpus) -> None:
       aside,
       metadata=facts,
     )
-    aside.replace(path)
-  finally:
-    aside.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike) -> EncodedCorpus:

@@ -15,6 +15,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from tokjax.cli import files  # noqa: E402
+
 __all__ = ["Answer", "Method", "Report", "Span", "write_report"]
 
 
@@ -261,8 +263,6 @@ def write_report(path: str | os.PathLike, report: Report) -> pathlib.Path:
     f"Hover to see which.</p>{answers}</main></body></html>"
   )
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  aside = path.with_name(f".{path.name}.{os.getpid()}")
-  aside.write_text(page, encoding="utf-8")
-  aside.replace(path)
+  with files.replacing(path) as aside:
+    aside.write_text(page, encoding="utf-8")
   return path
