@@ -3,7 +3,22 @@
 - `tokjax.data.beir`: folders in the BEIR layout.
 - `tokjax.data.pydocs`: the docstrings of the packages installed beside us.
 - `tokjax.data.corpus`: the documents a user wants to encode or index.
+- `tokjax.data.training_set`: what a retriever learns from; `triples` reads it
+  from files, `hard_negatives` adds negatives.
+- `tokjax.data.batches`: its batches, resumable and cut among processes
+  (`schedule` says which examples each holds).
 - `tokjax.data.records`: any of them as ArrayRecord tables for grain.
 """
 
-__all__ = ["beir", "corpus", "pydocs", "records", "retrieval_set"]
+__all__ = [
+  "batches",
+  "beir",
+  "corpus",
+  "hard_negatives",
+  "pydocs",
+  "records",
+  "retrieval_set",
+  "schedule",
+  "training_set",
+  "triples",
+]
