@@ -28,10 +28,10 @@ def sets(seed, num_queries=8, num_documents=8):
   return queries, documents, query_mask, document_mask
 
 
-def pairs(seed):
-  queries, documents, query_mask, document_mask = sets(seed, 8, 24)
-  documents = documents.reshape(8, 3, 11, 16)
-  return queries, documents, query_mask, document_mask.reshape(8, 3, 11)
+def pairs(seed, rows=8):
+  queries, documents, query_mask, document_mask = sets(seed, rows, 3 * rows)
+  documents = documents.reshape(rows, 3, 11, 16)
+  return queries, documents, query_mask, document_mask.reshape(rows, 3, 11)
 
 
 def packed(seed):
@@ -62,6 +62,9 @@ CASES = [
   # 3,000 bytes: blocks of a few documents, a number that does not divide 8.
   maxsim_case("maxsim-blocks", maxsim, memory_budget_bytes=3000),
   maxsim_case("maxsim_pairs", maxsim_pairs, pairs),
+  maxsim_case(  # two rows a device
+    "maxsim_pairs-rows", maxsim_pairs, functools.partial(pairs, rows=16)
+  ),
   maxsim_case("maxsim_packed", maxsim_packed, packed, (0, 3), num_documents=12),
   maxsim_case(
     "maxsim_packed-blocks",

@@ -150,7 +150,7 @@ def maxsim_pairs(
     query_mask: True where the query token counts; None for all.
     document_mask: True where the document token counts; None for all.
     mean: as in `maxsim`.
-    memory_budget_bytes: bound on scratch of "xla" over all rows together.
+    memory_budget_bytes: as in `maxsim`; rows are scored one after the other.
     implementation: as in `maxsim`.
 
   Returns:
@@ -305,22 +305,21 @@ def _maxsim_pairs(
   memory_budget_bytes,
   implementation,
 ):
+  def one(arrays):
+    query, documents, query_mask, document_mask = arrays
+    return _maxsim(
+      query[None],
+      documents,
+      None if query_mask is None else query_mask[None],
+      document_mask,
+      mean=mean,
+      memory_budget_bytes=memory_budget_bytes,
+      implementation=implementation,
+    )[0]
+
   def local(*arrays):
-    rows = arrays[0].shape[0]
-
-    def one(query, documents, query_mask, document_mask):
-      mask = None if query_mask is None else query_mask[None]
-      return _maxsim(
-        query[None],
-        documents,
-        mask,
-        document_mask,
-        mean=mean,
-        memory_budget_bytes=max(1, memory_budget_bytes // rows),
-        implementation=implementation,
-      )[0]
-
-    return jax.vmap(one)(*arrays)
+    # A loop and no vmap: a kernel is not batched inside `shard_map`.
+    return jax.lax.map(one, arrays)
 
   return sharding.over_row_shards(
     local, queries, documents, query_mask, document_mask
