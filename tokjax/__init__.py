@@ -7,6 +7,7 @@ Functions people import most stand here; the rest is one area away:
 - `tokjax.retrieval`: ColBERT encoding, MUVERA, codecs, indexes and search.
 - `tokjax.models`: encoders and the weights they load.
 - `tokjax.data`, `tokjax.eval`: data sets and ranking metrics.
+- `tokjax.train`, `tokjax.checkpoint`: one loop, sharded and resumable.
 
 Everything is imported when it is first used: `import tokjax` costs little
 more than `import jax`.
@@ -28,6 +29,7 @@ _FUNCTIONS = {
 }
 _AREAS = (
   "benchmarks",
+  "checkpoint",
   "data",
   "eval",
   "kernels",
@@ -35,6 +37,7 @@ _AREAS = (
   "ops",
   "parallel",
   "retrieval",
+  "train",
 )
 
 __all__ = [*_FUNCTIONS, *_AREAS]  # noqa: PLE0604

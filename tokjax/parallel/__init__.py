@@ -1,4 +1,9 @@
-"""Devices and how programs are laid out over them."""
+"""Devices and how programs are laid out over them.
+
+- `tokjax.parallel.meshes`: the mesh of a run, and batches on it.
+- `tokjax.parallel.rules`: where each parameter lives, by its path.
+- `tokjax.parallel.topologies`: compiling for devices that are not there.
+"""
 
 from tokjax.parallel.topologies import (
   CompileReport,

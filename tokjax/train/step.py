@@ -1,0 +1,218 @@
+"""One training step: gradients, guard, update, as one compiled program."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tokjax import checks
+from tokjax.parallel import rules
+from tokjax.typing import Array, Bool, Int, Key
+
+__all__ = ["REMAT", "TrainState", "init_state", "make_step"]
+
+# (model, batch, key) -> (loss, metrics)
+LossFn = Callable[[Any, Any, Any], tuple[Array, dict[str, Array]]]
+
+# Names of `jax.checkpoint_policies` that need no argument.
+REMAT = (
+  "nothing_saveable",
+  "dots_saveable",
+  "dots_with_no_batch_dims_saveable",
+)
+
+
+class TrainState(NamedTuple):
+  """What a step changes, and what a checkpoint holds.
+
+  Attributes:
+    step: updates done.
+    model: the parameters in float32, an nnx module or any pytree.
+    optimizer_state: of the optax transform.
+    key: of the whole run; the key of a step is `fold_in(key, step)`.
+    finite: False once a loss or gradient was not finite; from then on
+      nothing else here changes.
+  """
+
+  step: Int[Array, ""]
+  model: Any
+  optimizer_state: Any
+  key: Key[Array, ""]
+  finite: Bool[Array, ""]
+
+
+def init_state(
+  key: Key[Array, ""], model: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """The state before the first step, the parameters copied to float32.
+
+  Args:
+    key: for everything random in the run.
+    model: a pytree of arrays; floats narrower than 32 bits are widened.
+    optimizer: an optax transform.
+
+  Returns:
+    A state that shares no buffer with `key` or `model`.
+
+  Example:
+    >>> model = {"w": jnp.ones(2, jnp.bfloat16)}
+    >>> init_state(jax.random.key(0), model, optax.sgd(0.1)).model["w"]
+    Array([1., 1.], dtype=float32)
+  """
+
+  def master(x):
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return jnp.array(x, jnp.float32 if narrow else x.dtype, copy=True)
+
+  model = jax.tree.map(master, model)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    model=model,
+    optimizer_state=optimizer.init(model),
+    key=jax.random.clone(key),
+    finite=jnp.ones((), bool),
+  )
+
+
+def make_step(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  *,
+  compute_dtype: Any = jnp.float32,
+  num_microbatches: int = 1,
+  remat: str | None = None,
+  state_shardings: TrainState | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+  """Compiles `step(state, batch) -> (state, metrics)`.
+
+  The parameters are cast to `compute_dtype` inside the differentiated
+  function: products run in it, gradients and updates are float32. Floats of
+  the batch are not cast; a model that takes some casts them itself.
+
+  With several microbatches the gradient is the mean of theirs, computed one
+  after the other in the memory of one. Microbatch m takes the rows m,
+  m + M, m + 2M, ... so that each device splits its own rows. That equals the
+  whole batch for a loss that is a mean over rows. A loss that weighs rows by
+  a mask weighs them within their microbatch, and one that compares rows with
+  each other (in-batch negatives) sees the rows of a microbatch only.
+
+  The key of a step depends on the run's key and the step alone: a resumed
+  run draws what the uninterrupted one would have. Where loss or gradient norm
+  is not finite the state keeps its values and `finite` turns False for good.
+
+  Args:
+    loss_fn: `loss_fn(model, batch, key) -> (loss, metrics)`; the loss is a
+      scalar over the whole batch as if on one device, metrics a dict of
+      scalars.
+    optimizer: an optax transform.
+    compute_dtype: dtype of the parameters that `loss_fn` sees.
+    num_microbatches: M; must divide the rows of the batch.
+    remat: which values the backward pass keeps, one of `REMAT`; None keeps
+      all it needs. The policy covers the whole loss, scans over layers
+      included; a model whose layers call `jax.checkpoint` needs none.
+    state_shardings: where each array of the state lives; None leaves it to
+      the compiler, fine on one device.
+
+  Returns:
+    The compiled function. The state passed in is used up (its buffers are
+    donated). Metrics are float32 scalars: those of `loss_fn`, averaged over
+    microbatches, and `loss`, `grad_norm` (before clipping) and `finite`.
+
+  Raises:
+    ValueError: for an unknown policy, rows that do not divide, a loss that is
+      no scalar or metrics that use a taken name.
+
+  Example:
+    >>> def loss_fn(model, batch, key):
+    ...   return jnp.mean((batch @ model["w"] - 1.0) ** 2), {}
+    >>> step = make_step(loss_fn, optax.sgd(0.25))
+    >>> state = init_state(
+    ...   jax.random.key(0), {"w": jnp.zeros(1)}, optax.sgd(0.25))
+    >>> state, metrics = step(state, jnp.ones((4, 1)))
+    >>> float(metrics["loss"]), float(state.model["w"][0])
+    (1.0, 0.5)
+  """
+  if remat is not None:
+    checks.one_of(REMAT, remat=remat)
+  checks.in_range(1, float("inf"), num_microbatches=num_microbatches)
+
+  def loss_of(model, batch, key):
+    model = rules.gather(_cast(model, compute_dtype))
+    loss, metrics = loss_fn(model, batch, key)
+    _check_outputs(loss, metrics)
+    return loss.astype(jnp.float32), metrics
+
+  if remat is not None:
+    policy = getattr(jax.checkpoint_policies, remat)
+    loss_of = jax.checkpoint(loss_of, policy=policy)
+  gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+
+  def step(state, batch):
+    key = jax.random.fold_in(state.key, state.step)
+    if num_microbatches == 1:
+      (loss, metrics), gradient = gradient_of(state.model, batch, key)
+    else:
+      (loss, metrics), gradient = _accumulate(
+        gradient_of, state.model, batch, key, num_microbatches
+      )
+    norm = optax.global_norm(gradient)
+    finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
+    with jax.named_scope("update"):
+      updates, optimizer_state = optimizer.update(
+        gradient, state.optimizer_state, state.model
+      )
+      model = optax.apply_updates(state.model, updates)
+    moved = (state.step + 1, model, optimizer_state)
+    moved = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), moved, tuple(state[:3])
+    )
+    metrics = {**metrics, "loss": loss, "grad_norm": norm, "finite": finite}
+    return TrainState(*moved, state.key, finite), metrics
+
+  return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def _accumulate(gradient_of, model, batch, key, num_microbatches):
+  """Means of loss, metrics and gradient over the microbatches."""
+
+  def split(path, x):
+    rows = {f"rows of {rules.leaf_path(path) or 'batch'}": x.shape[0]}
+    checks.divisible(num_microbatches, **rows)
+    shape = (x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:])
+    return x.reshape(shape).swapaxes(0, 1)  # [M, B / M, ...]
+
+  def one(total, microbatch):
+    outputs, gradient = gradient_of(model, *microbatch)
+    return jax.tree.map(jnp.add, total, gradient), outputs
+
+  microbatches = jax.tree_util.tree_map_with_path(split, batch)
+  keys = jax.random.split(key, num_microbatches)
+  total, outputs = jax.lax.scan(
+    one, jax.tree.map(jnp.zeros_like, model), (microbatches, keys)
+  )
+  return (
+    jax.tree.map(lambda x: jnp.mean(x, axis=0), outputs),
+    jax.tree.map(lambda x: x / num_microbatches, total),
+  )
+
+
+def _cast(tree, dtype):
+  def cast(x):
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+  return jax.tree.map(cast, tree)
+
+
+def _check_outputs(loss, metrics):
+  if jnp.shape(loss) != ():
+    raise ValueError(f"loss must be a scalar, got shape {jnp.shape(loss)}")
+  taken = {"loss", "grad_norm", "finite"} & set(metrics)
+  if taken:
+    raise ValueError(f"metrics must not be named {sorted(taken)}")
+  for name, value in metrics.items():
+    if jnp.shape(value) != ():
+      raise ValueError(
+        f"metric {name!r} must be a scalar, got shape {jnp.shape(value)}"
+      )
