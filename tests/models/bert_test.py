@@ -221,3 +221,24 @@ def test_config_from_json_reads_the_shape():
   config = bert_weights.config_from_json(read)
   assert (config.width, config.num_heads) == (read["dim"], read["n_heads"])
   assert config.num_segments == 0
+
+
+@pytest.mark.parametrize("num_lower", [0, 1, CONFIG.num_layers])
+def test_split_and_join_are_the_whole(num_lower):
+  encoder = tiny()
+  lower, upper = bert.split(encoder, num_lower)
+  ids = jnp.array([[2, 7, 3, 0], [5, 4, 3, 2]])
+  mask = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool)
+  want = encoder(ids, mask)
+  got = upper(lower(ids, mask), mask)
+  np.testing.assert_array_equal(got, want)
+  whole = bert.join(lower, upper)
+  assert jax.tree.structure(whole) == jax.tree.structure(encoder)
+  np.testing.assert_array_equal(whole(ids, mask), want)
+  key = jax.random.key(0)
+  assert upper(lower(ids, mask), mask, key=key).shape == want.shape
+
+
+def test_split_checks_the_number_of_blocks():
+  with pytest.raises(ValueError, match="num_lower must lie in"):
+    bert.split(tiny(), CONFIG.num_layers + 1)

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import processors
 
 from tokjax.models import checkpoints, weights
-from tokjax.retrieval import colbert
+from tokjax.retrieval import colbert, methods
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TINY = GOLDEN / "bert_tiny"
@@ -170,6 +170,24 @@ def test_pylate_folder_applies_each_dense_in_turn(pylate):
   y = y / (1 + np.exp(-y)) + x @ one["residual.weight"].T
   want = y @ two["linear.weight"].T + two["linear.bias"]
   np.testing.assert_allclose(checkpoint.head(jnp.asarray(x)), want, rtol=1e-4)
+
+
+def test_an_empty_prefix_is_no_marker(pylate):
+  path = pylate / "config_sentence_transformers.json"
+  said = json.loads(path.read_text()) | {"query_prefix": ""}
+  path.write_text(json.dumps(said))
+  config = checkpoints.load(str(pylate)).config
+  assert config.query_marker is None and config.document_marker == "[D] "
+
+
+def test_folders_without_a_method_are_colbert(plain):
+  assert checkpoints.load(str(plain)).method == methods.Method("colbert")
+
+
+def test_a_cut_json_file_is_named(plain):
+  (plain / "config.json").write_text('{"model_type": "be')
+  with pytest.raises(ValueError, match="config.json is not JSON"):
+    checkpoints.load(str(plain))
 
 
 def test_loaded_folder_encodes_texts(pylate):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 from tokjax.models import bert_weights, weights
 
@@ -182,3 +183,47 @@ def test_loading_changes_no_file(tmp_path):
     config(), weights.read_tensors(weights.weight_files(tmp_path / "copy"))
   )
   assert weights.sha256(sorted((tmp_path / "copy").iterdir())) == before
+
+
+@pytest.mark.parametrize("name", ["bert_tiny", "distilbert_tiny"])
+def test_an_encoder_gives_back_the_tensors_it_was_made_of(name):
+  said = json.loads((TINY.parent / name / "config.json").read_text())
+  want = weights.read_tensors(weights.weight_files(TINY.parent / name))
+  encoder = bert_weights.load_encoder(said, want)
+  got = bert_weights.encoder_tensors(encoder)
+  assert got.keys() == want.keys()
+  for key, x in want.items():
+    np.testing.assert_array_equal(got[key], x)
+  written = bert_weights.config_to_json(encoder.config)
+  assert written == {key: said[key] for key in written}
+  assert bert_weights.config_from_json(written) == encoder.config
+
+
+def test_a_config_without_a_width_is_named():
+  said = config()
+  del said["hidden_size"]
+  with pytest.raises(ValueError, match=r"a bert lacks \['hidden_size'\]"):
+    bert_weights.config_from_json(said)
+
+
+def test_written_tensors_keep_shape_order_and_dtype(tmp_path):
+  x = np.arange(6, dtype=np.float32).reshape(2, 3)
+  named = {"turned": x.T, "every second": x[:, ::2], "one": np.float32(4)}
+  weights.write_tensors(tmp_path / "a.safetensors", named)
+  got = weights.read_tensors([tmp_path / "a.safetensors"])
+  assert got.keys() == named.keys()
+  for key, x in named.items():
+    assert got[key].shape == np.shape(x)
+    np.testing.assert_array_equal(got[key], x)
+
+
+def test_parameter_names_number_the_items_of_a_list():
+  layers = [nnx.Linear(2, 3, rngs=nnx.Rngs(i)) for i in range(2)]
+  module = nnx.Sequential(*layers)
+  names = weights.parameter_names(module)
+  assert names == [
+    f"layers.{i}.{name}" for i in range(2) for name in ("bias", "kernel")
+  ]
+  table = {name: weights.Source((name.upper(),)) for name in names}
+  found = weights.to_tensors(module, table)
+  np.testing.assert_array_equal(found["LAYERS.1.KERNEL"], layers[1].kernel[...])

@@ -1,6 +1,7 @@
 """`tokjax encode`: a corpus as one file of token vectors."""
 
 import argparse
+import dataclasses
 import json
 import os
 from typing import NamedTuple
@@ -12,8 +13,8 @@ import safetensors.numpy
 from tokjax.cli import files
 from tokjax.cli.evaluate import DEFAULT_MODEL
 from tokjax.data import corpus
-from tokjax.models import checkpoints
-from tokjax.retrieval import colbert
+from tokjax.models import checkpoints, json_settings
+from tokjax.retrieval import colbert, methods
 
 __all__ = ["EncodedCorpus", "encode_corpus", "main", "read", "write"]
 
@@ -24,9 +25,10 @@ class EncodedCorpus(NamedTuple):
   Attributes:
     ids: one string per document.
     texts: one text per document, as it was encoded.
-    documents: the token vectors.
+    documents: the vectors that `method` keeps.
     model: where the checkpoint came from.
     sha256: of its weights.
+    method: what was made of the tokens.
   """
 
   ids: list[str]
@@ -34,12 +36,14 @@ class EncodedCorpus(NamedTuple):
   documents: colbert.Documents
   model: str
   sha256: str
+  method: methods.Method = methods.Method()
 
 
 def encode_corpus(
   path: str | os.PathLike,
   model: str = DEFAULT_MODEL,
   *,
+  method: methods.Method | None = None,
   dtype: str = "float32",
   progress: bool = True,
 ) -> EncodedCorpus:
@@ -48,6 +52,7 @@ def encode_corpus(
   Args:
     path: what `tokjax.data.corpus.load` reads.
     model: what `tokjax.models.checkpoints.load` reads.
+    method: what is made of the tokens; None for what the model was made for.
     dtype: the encoder computes in this.
     progress: show a progress bar.
 
@@ -55,21 +60,23 @@ def encode_corpus(
     The encoded corpus.
 
   Raises:
-    ValueError: for a corpus or checkpoint that is not there or damaged.
+    ValueError: for a corpus or checkpoint that is not there or damaged, or a
+      method that the model cannot be used by.
   """
   texts = corpus.load(path)
   checkpoint = checkpoints.load(model)
-  documents = colbert.encode_documents(
-    texts.texts,
-    checkpoint.tokenizer,
-    checkpoint.encoder,
-    checkpoint.head,
-    checkpoint.config,
-    dtype=dtype,
-    progress=progress,
+  if method is not None:
+    checkpoint = dataclasses.replace(checkpoint, method=method)
+  documents = methods.encode_documents(
+    texts.texts, checkpoint, dtype=dtype, progress=progress
   )
   return EncodedCorpus(
-    list(texts.ids), texts.texts, documents, model, checkpoint.sha256
+    list(texts.ids),
+    texts.texts,
+    documents,
+    model,
+    checkpoint.sha256,
+    checkpoint.method,
   )
 
 
@@ -86,6 +93,7 @@ def write(path: str | os.PathLike, encoded: EncodedCorpus) -> None:
     "texts": json.dumps(encoded.texts),
     "model": encoded.model,
     "sha256": encoded.sha256,
+    "method": json.dumps(json_settings.to_json(encoded.method)),
   }
   with files.replacing(path) as aside:
     safetensors.numpy.save_file(
@@ -106,7 +114,8 @@ def read(path: str | os.PathLike) -> EncodedCorpus:
     path: the file.
 
   Returns:
-    The encoded corpus, vectors float16.
+    The encoded corpus, vectors float16. A file that names no method holds
+    every token vector: ColBERT.
 
   Raises:
     ValueError: if the file is truncated, damaged or something else.
@@ -123,12 +132,18 @@ def read(path: str | os.PathLike) -> EncodedCorpus:
     raise ValueError(
       f"{path} was not written by `tokjax encode`: no {sorted(missing)}"
     )
+  method = json_settings.from_json(
+    methods.Method,
+    json.loads(facts.get("method", "{}")),
+    source=f"{path}: method",
+  )
   return EncodedCorpus(
     json.loads(facts["ids"]),
     json.loads(facts["texts"]),
     colbert.Documents(arrays["tokens"], arrays["offsets"], arrays["pooled"]),
     facts["model"],
     facts["sha256"],
+    method,
   )
 
 
@@ -136,8 +151,9 @@ def main(argv: list[str]) -> int:
   """Encodes a corpus; see `tokjax encode --help`."""
   parser = argparse.ArgumentParser(
     prog="tokjax encode",
-    description="Encodes a corpus into one file of token vectors (float16),"
-    " which `tokjax index` takes in place of the corpus.",
+    description="Encodes a corpus into one file of vectors (float16), by the"
+    " method that the model was made for; `tokjax index` takes it in place of"
+    " the corpus.",
   )
   add = parser.add_argument
   add(

@@ -14,7 +14,7 @@ from tokjax.data import beir, pydocs
 from tokjax.data.retrieval_set import RetrievalSet
 from tokjax.eval import comparison
 from tokjax.models import checkpoints
-from tokjax.retrieval import codecs, colbert, muvera
+from tokjax.retrieval import codecs, colbert, methods, muvera
 
 __all__ = [
   "Encoded",
@@ -94,8 +94,13 @@ def encode(config: EvaluateConfig, *, progress: bool = True) -> Encoded:
 
   Returns:
     Everything a comparison needs.
+
+  Raises:
+    ValueError: as `load`, or for a ColBERTer model, which has no token vectors.
   """
   checkpoint = checkpoints.load(config.model)
+  # What is compared here are token vectors, whatever the model's own method.
+  methods.check_head(checkpoint.head, methods.Method())
   dataset = load(config)
   settings = dict(dtype=config.dtype, progress=progress)
   text_config = checkpoint.config

@@ -16,15 +16,18 @@ import numpy as np
 from tokjax import checks
 from tokjax.cli import encode
 from tokjax.cli.evaluate import DEFAULT_MODEL
+from tokjax.models import json_settings
 from tokjax.retrieval import (
   codecs,
   colbert,
+  crisp,
   index_files,
+  methods,
   muvera,
   token_index,
 )
 
-__all__ = ["IndexConfig", "load", "main", "write"]
+__all__ = ["IndexConfig", "load", "main", "read_config", "write"]
 
 # Named in the metadata of every index written here.
 _FORMAT = "tokjax index 1"
@@ -35,6 +38,8 @@ class IndexConfig:
   """How an index is built."""
 
   model: str = DEFAULT_MODEL  # what encodes queries: folder, package, hub name
+  # What documents were encoded by, and queries will be.
+  method: methods.Method = methods.Method()
   codec: str = "int8"  # how tokens are stored, a name of codecs.NAMES
   fde: int = 10240  # width of MUVERA encodings for candidates; 0 for none
   # Do empty cells of a document borrow a token, as published? Not by default:
@@ -60,9 +65,11 @@ def write(
     folder: where it goes: a local path or a bucket URL.
     ids: one string per document.
     texts: one text per document, kept to be shown.
-    documents: their token vectors and pooled vectors.
+    documents: their vectors, as `methods.encode_documents` gives them for
+      the method of the config.
     sha256: of the model's weights, kept so that queries meet the same model.
-    config: how to build; ignored where `add` finds an index, whose own counts.
+    config: how to build; where `add` finds an index, its own counts, and must
+      name the same method.
     add: add to the index that is there.
     replace: remove an index that is there first; local folders only.
 
@@ -70,7 +77,8 @@ def write(
     The index on disk, opened.
 
   Raises:
-    ValueError: if the index there was made with another model.
+    ValueError: if the index there was made with another model or method, or
+      MUVERA encodings are asked of ColBERTer.
     WriterConflictError: if there is an index and neither was asked for, or
       somebody else writes to it.
   """
@@ -78,16 +86,25 @@ def write(
     shutil.rmtree(folder)
   if add:
     stored = index_files.open_index(folder)
-    config = _config(stored)
+    found, config = config.method, read_config(stored)
     if stored.metadata["sha256"] != sha256:
       raise ValueError(
         f"index {folder} was made with the weights "
         f"{stored.metadata['sha256'][:16]}..., got {sha256[:16]}..."
       )
+    if found != config.method:
+      raise ValueError(
+        f"index {folder} was made by {config.method}, got {found}"
+      )
     codec = stored.codec()
   else:
     checks.one_of(codecs.NAMES, codec=config.codec)
     checks.one_of((0, *muvera.PRESETS), fde=config.fde)
+    if config.fde and config.method.name == "colberter":
+      raise ValueError(
+        f"fde must be 0 for ColBERTer, whose text vectors find candidates, got "
+        f"{config.fde}"
+      )
     key = jax.random.key(config.seed)
     codec = codecs.train(
       config.codec,
@@ -101,10 +118,10 @@ def write(
       metadata={
         "format": _FORMAT,
         "sha256": sha256,
-        **dataclasses.asdict(config),
+        **json_settings.to_json(config),
       },
     )
-  vectors = {"pooled": documents.pooled.astype(np.float16)}
+  vectors = {config.method.vectors: documents.pooled.astype(np.float16)}
   if config.fde:
     params, settings = _fde(config, documents.tokens.shape[1])
     fde = muvera.encode_corpus(
@@ -130,20 +147,20 @@ def load(
     stored: an index that `write` made.
 
   Returns:
-    The index, with the candidate sets "pooled" and (if built) "fde"; the id
-    and the text of each document.
+    The index, with the candidate sets "pooled" (of ColBERTer "cls") and, if
+    built, "fde"; the id and the text of each document.
 
   Raises:
     ValueError: if it was made by something else, or is empty.
     DamagedIndexError: if a file fails its checksum.
   """
-  config = _config(stored)
+  config = read_config(stored)
   found = stored.load()
   if not found.ids:
     raise ValueError(f"index {stored.folder} holds no documents")
-  codec = stored.codec()
+  codec, name = stored.codec(), config.method.vectors
   candidates = {
-    "pooled": token_index.store_vectors(found.vectors["pooled"], name="float16")
+    name: token_index.store_vectors(found.vectors[name], name="float16")
   }
   if "fde" in found.vectors:
     params, settings = _fde(config, codec.dim)
@@ -159,7 +176,19 @@ def load(
   return index, found.ids, found.texts
 
 
-def _config(stored: index_files.StoredIndex) -> IndexConfig:
+def read_config(stored: index_files.StoredIndex) -> IndexConfig:
+  """How an index on disk was built.
+
+  Args:
+    stored: an index that `write` made; one that names no method was made by
+      ColBERT's.
+
+  Returns:
+    The config given to `write`.
+
+  Raises:
+    ValueError: if it was made by something else.
+  """
   facts: dict[str, Any] = stored.metadata
   if facts.get("format") != _FORMAT:
     raise ValueError(
@@ -167,7 +196,11 @@ def _config(stored: index_files.StoredIndex) -> IndexConfig:
       f"{facts.get('format')!r} instead of {_FORMAT!r}"
     )
   names = [field.name for field in dataclasses.fields(IndexConfig)]
-  return IndexConfig(**{name: facts[name] for name in names})
+  return json_settings.from_json(
+    IndexConfig,
+    {name: facts[name] for name in names if name in facts},
+    source=f"metadata of index {stored.folder}",
+  )
 
 
 def _fde(config, dim):
@@ -193,27 +226,51 @@ def main(argv: list[str]) -> int:
   )
   add("index", help="folder to write (or gs://, s3:// URL)")
   add("--model", default=default.model, help="folder, package or hub name")
+  add(
+    "--method",
+    choices=("colbert", "xtr", "crisp"),
+    help="what is made of a model's tokens (default: what it was made for)",
+  )
+  add(
+    "--crisp",
+    choices=tuple(crisp.PRESETS),
+    help="with --method crisp: how many means; C8x32 has 8 of a query and 32"
+    " of a document, C25 a quarter of the tokens of each",
+  )
+  add(
+    "--k-prime",
+    type=int,
+    metavar="N",
+    help="with --method xtr: tokens that a query token retrieves"
+    f" (default: {methods.Method().k_prime})",
+  )
   add("--codec", default=default.codec, choices=codecs.NAMES)
   add(
     "--fde",
     type=int,
-    default=default.fde,
     choices=(0, *muvera.PRESETS),
-    help="width of the MUVERA encodings that find candidates; 0 for none",
+    help="width of the MUVERA encodings that find candidates; 0 for none"
+    f" (default: {default.fde}; 0 for XTR and ColBERTer, which use none)",
   )
   add("--dtype", default="float32", choices=("float32", "bfloat16"))
   add("--add", action="store_true", help="add to the index that is there")
   add("--json", action="store_true", help="print the counts as JSON")
   options = parser.parse_args(argv)
+  method = _asked_method(options)
   if pathlib.Path(options.corpus).suffix == ".safetensors":
-    encoded = encode.read(options.corpus)
+    encoded = _changed(encode.read(options.corpus), method)
   else:
     encoded = encode.encode_corpus(
       options.corpus,
       options.model,
+      method=method,
       dtype=options.dtype,
       progress=not options.json,
     )
+  fde = options.fde
+  if fde is None:
+    uses = encoded.method.name in ("colbert", "crisp")
+    fde = default.fde if uses else 0
   start = time.perf_counter()
   stored = write(
     options.index,
@@ -221,12 +278,18 @@ def main(argv: list[str]) -> int:
     encoded.texts,
     encoded.documents,
     encoded.sha256,
-    IndexConfig(model=encoded.model, codec=options.codec, fde=options.fde),
+    IndexConfig(
+      model=encoded.model,
+      method=encoded.method,
+      codec=options.codec,
+      fde=fde,
+    ),
     add=options.add,
   )
   counts = {
     "index": options.index,
     "version": stored.version,
+    "method": encoded.method.name,
     "documents": stored.num_documents,
     "bytes_per_document": round(stored.num_bytes / stored.num_documents),
     "build_seconds": round(time.perf_counter() - start, 2),
@@ -241,3 +304,47 @@ def main(argv: list[str]) -> int:
       )
     )
   return 0
+
+
+def _asked_method(options) -> methods.Method | None:
+  """What the command line asks for; None for what model or file say."""
+  if options.crisp is not None and options.method != "crisp":
+    raise ValueError("--crisp needs --method crisp")
+  if options.k_prime is not None and options.method != "xtr":
+    raise ValueError("--k-prime needs --method xtr")
+  if options.method == "crisp":
+    if options.crisp is None:
+      raise ValueError(
+        f"--method crisp needs --crisp, one of {', '.join(crisp.PRESETS)}"
+      )
+    means = crisp.CrispConfig(**crisp.PRESETS[options.crisp])
+    asked = methods.Method("crisp", means)
+  elif options.method == "xtr" and options.k_prime is not None:
+    asked = methods.Method("xtr", k_prime=options.k_prime)
+  elif options.method is not None:
+    asked = methods.Method(options.method)
+  else:
+    asked = None
+  if options.add:
+    own = read_config(index_files.open_index(options.index)).method
+    if asked not in (None, own):
+      raise ValueError(f"index {options.index} was made by {own}, got {asked}")
+    return own
+  return asked
+
+
+def _changed(encoded, method):
+  """An encoded corpus by another method, where its vectors allow it."""
+  if method in (None, encoded.method):
+    return encoded
+  if (
+    encoded.method.name not in ("colbert", "xtr") or method.name == "colberter"
+  ):
+    raise ValueError(
+      f"the corpus was encoded by {encoded.method.name!r}, whose vectors do not"
+      f" serve {method}"
+    )
+  return encoded._replace(
+    documents=methods.reduce_documents(encoded.documents, method),
+    method=method,
+  )

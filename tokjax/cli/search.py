@@ -1,6 +1,7 @@
 """`tokjax search`: asks an index, once or from the terminal."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -16,7 +17,7 @@ from tokjax.retrieval import (
   alignment,
   colbert,
   index_files,
-  search,
+  methods,
   token_index,
 )
 
@@ -31,7 +32,8 @@ class Hit(NamedTuple):
 
   Attributes:
     id: of the document.
-    score: its exact MaxSim with the query.
+    score: by the method of the index: MaxSim, for XTR the mean over the
+      tokens retrieved, for ColBERTer both scores mixed.
     text: of the document.
   """
 
@@ -47,7 +49,7 @@ class Searcher(NamedTuple):
     index: the documents.
     ids: one string per document.
     texts: one text per document.
-    checkpoint: the model.
+    checkpoint: the model, with the method of the index.
   """
 
   index: token_index.TokenIndex
@@ -68,8 +70,10 @@ class Searcher(NamedTuple):
     Args:
       query: any text.
       k: how many, cut to the size of the index.
-      mode: "exact", "fde", "pooled", or "auto": exact for small indexes.
-      num_candidates: documents scored exactly, unless the mode is "exact".
+      mode: as in `methods.search`, or "auto": the method's own, but "fde"
+        for large indexes of ColBERT and CRISP that have it.
+      num_candidates: documents scored in full, where the mode finds
+        candidates.
 
     Returns:
       The documents found.
@@ -80,18 +84,15 @@ class Searcher(NamedTuple):
     if not query.strip():
       raise ValueError("query must not be empty")
     if mode == "auto":
-      small = self.index.num_documents <= _EXACT_DOCUMENTS
-      mode = "exact" if small or "fde" not in self.index.candidates else "fde"
-    encoded = self.encode(query)
+      mode = self._own_mode()
     k = min(k, self.index.num_documents)
-    found = search.search_batches(
+    found = methods.search(
       self.index,
-      encoded.tokens,
-      encoded.mask,
+      self.encode(query),
+      self.checkpoint,
       mode=mode,
       k=k,
       num_candidates=max(k, num_candidates),
-      query_vectors=encoded.pooled if mode == "pooled" else None,
       batch_size=1,
     )
     return [
@@ -101,35 +102,32 @@ class Searcher(NamedTuple):
     ]
 
   def encode(self, query: str) -> colbert.Queries:
-    """The query's token vectors."""
-    checkpoint = self.checkpoint
-    return colbert.encode_queries(
-      [query],
-      checkpoint.tokenizer,
-      checkpoint.encoder,
-      checkpoint.head,
-      checkpoint.config,
-    )
+    """The query's vectors."""
+    return methods.encode_queries([query], self.checkpoint)
 
   def matches(self, query: str, text: str) -> list[alignment.Match]:
-    """Words of a text that the words of the query matched best."""
-    checkpoint = self.checkpoint
-    document = colbert.encode_documents(
-      [text],
-      checkpoint.tokenizer,
-      checkpoint.encoder,
-      checkpoint.head,
-      checkpoint.config,
-      progress=False,
-    )
+    """Words of a text that the words of the query matched best.
+
+    By the token vectors, whatever CRISP makes of them; none for ColBERTer,
+    which has no token vectors.
+    """
+    if self.checkpoint.method.name == "colberter":
+      return []
+    model = dataclasses.replace(self.checkpoint, method=methods.Method())
     return alignment.align(
       query,
       text,
-      self.encode(query).tokens[0],
-      document.tokens,
-      checkpoint.tokenizer,
-      checkpoint.config,
+      methods.encode_queries([query], model).tokens[0],
+      methods.encode_documents([text], model, progress=False).tokens,
+      model.tokenizer,
+      model.config,
     )
+
+  def _own_mode(self):
+    large = self.index.num_documents > _EXACT_DOCUMENTS
+    by_maxsim = self.checkpoint.method.name in ("colbert", "crisp")
+    found = by_maxsim and large and "fde" in self.index.candidates
+    return "fde" if found else None
 
 
 def open_searcher(folder: str, *, model: str | None = None) -> Searcher:
@@ -155,6 +153,8 @@ def open_searcher(folder: str, *, model: str | None = None) -> Searcher:
       f"{stored.metadata['sha256'][:16]}..., the model has "
       f"{checkpoint.sha256[:16]}...; name the right one with --model"
     )
+  method = index_command.read_config(stored).method
+  checkpoint = dataclasses.replace(checkpoint, method=method)
   return Searcher(index, ids, texts, checkpoint)
 
 
@@ -172,9 +172,10 @@ def main(argv: list[str]) -> int:
   add(
     "--mode",
     default="auto",
-    choices=("auto", "exact", "fde", "pooled"),
+    choices=("auto", "exact", "fde", "pooled", "xtr", "cls"),
     help="how candidates are found before exact MaxSim; exact scores all,"
-    f" auto is exact up to {_EXACT_DOCUMENTS:,} documents (default: auto)",
+    f" auto is exact up to {_EXACT_DOCUMENTS:,} documents, and always xtr for"
+    " XTR and cls for ColBERTer (default: auto)",
   )
   add("--candidates", type=int, default=256, metavar="N")
   add("--model", help="where the model is, if it has moved")

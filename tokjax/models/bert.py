@@ -18,7 +18,16 @@ from flax import nnx
 from tokjax import checks
 from tokjax.typing import Array, Bool, Float, Int, Key
 
-__all__ = ["Bert", "BertConfig", "Block", "attend", "gelu"]
+__all__ = [
+  "Bert",
+  "BertConfig",
+  "Block",
+  "Layers",
+  "attend",
+  "gelu",
+  "join",
+  "split",
+]
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -117,17 +126,10 @@ class Bert(nnx.Module):
         are given to an encoder that has none.
     """
     x = self._embed(ids, attention_mask, segments)  # [B, N, h]
-    keys = None
     if key is not None:
       key, drop = jax.random.split(key)
-      keys = jax.random.split(key, self.config.num_layers)
       x = self.dropout(x, deterministic=False, rngs=drop)
-
-    def step(x, layer):
-      block, key = layer
-      return block(x, attention_mask, key=key), None
-
-    return jax.lax.scan(step, x, (self.blocks, keys))[0]
+    return _run(self.blocks, self.config, x, attention_mask, key)
 
   def _embed(self, ids, attention_mask, segments):
     checks.has_rank(2, ids=ids)
@@ -154,6 +156,99 @@ class Bert(nnx.Module):
     elif self.segments is not None:
       x = x + self.segments.embedding[0][None, None]
     return self.norm(x).astype(x.dtype)
+
+
+class Layers(nnx.Module):
+  """The upper blocks of an encoder: hidden states in, hidden states out.
+
+  What is trained where the blocks below are frozen; see `split`.
+
+  Attributes:
+    config: shape of the encoder these are the last `num_layers` blocks of.
+    blocks: their parameters, with a leading axis of `num_layers`.
+
+  Args:
+    config: the shape; `num_layers` counts these blocks only.
+    blocks: a stacked `Block`.
+  """
+
+  def __init__(self, config: BertConfig, blocks: "Block"):
+    self.config = config
+    self.blocks = blocks
+
+  def __call__(
+    self,
+    x: Float[Array, "B N h"],
+    attention_mask: Bool[Array, "B N"] | None = None,
+    *,
+    key: Key[Array, ""] | None = None,
+  ) -> Float[Array, "B N h"]:
+    """Last hidden states from those that the blocks below gave.
+
+    Args:
+      x: hidden states, any float dtype; computed in that of the parameters.
+      attention_mask: as in `Bert`.
+      key: as in `Bert`.
+
+    Returns:
+      Hidden states in the dtype of the parameters.
+    """
+    x = x.astype(self.blocks.qkv.kernel[...].dtype)
+    return _run(self.blocks, self.config, x, attention_mask, key)
+
+
+def split(encoder: Bert, num_lower: int) -> tuple[Bert, Layers]:
+  """An encoder as its embeddings and lower blocks, and the blocks above.
+
+  `upper(lower(ids, mask), mask)` is `encoder(ids, mask)`.
+
+  Args:
+    encoder: the whole; not changed, and its arrays are not copied twice.
+    num_lower: blocks that stay with the embeddings, 0..num_layers.
+
+  Returns:
+    Lower part and upper part.
+
+  Raises:
+    ValueError: if `num_lower` is out of range.
+
+  Example:
+    >>> config = BertConfig(vocab_size=9, width=8, num_layers=3, num_heads=2,
+    ...                     mlp_width=16, max_positions=4)
+    >>> lower, upper = split(Bert(config, rngs=nnx.Rngs(0)), 2)
+    >>> lower.config.num_layers, upper.config.num_layers
+    (2, 1)
+  """
+  checks.in_range(0, encoder.config.num_layers, num_lower=num_lower)
+  lower = _with_blocks(
+    encoder, jax.tree.map(lambda x: x[:num_lower], encoder.blocks)
+  )
+  blocks = jax.tree.map(lambda x: x[num_lower:], encoder.blocks)
+  count = encoder.config.num_layers - num_lower
+  config = dataclasses.replace(encoder.config, num_layers=count)
+  return lower, Layers(config, blocks)
+
+
+def join(lower: Bert, upper: Layers) -> Bert:
+  """The encoder that `split` took apart, whatever became of its parts.
+
+  Args:
+    lower: embeddings and lower blocks.
+    upper: the blocks above.
+
+  Returns:
+    A new encoder.
+
+  Example:
+    >>> config = BertConfig(vocab_size=9, width=8, num_layers=3, num_heads=2,
+    ...                     mlp_width=16, max_positions=4)
+    >>> join(*split(Bert(config, rngs=nnx.Rngs(0)), 1)).config == config
+    True
+  """
+  blocks = jax.tree.map(
+    lambda a, b: jnp.concatenate([a, b]), lower.blocks, upper.blocks
+  )
+  return _with_blocks(lower, blocks)
 
 
 class Block(nnx.Module):
@@ -250,6 +345,26 @@ def gelu(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
   """
   wide = x.astype(jnp.float32)
   return (wide * 0.5 * (1 + jax.lax.erf(wide * 2**-0.5))).astype(x.dtype)
+
+
+def _run(blocks, config, x, attention_mask, key):
+  """Applies stacked blocks, one after the other."""
+  keys = None if key is None else jax.random.split(key, config.num_layers)
+
+  def step(x, layer):
+    block, key = layer
+    return block(x, attention_mask, key=key), None
+
+  return jax.lax.scan(step, x, (blocks, keys))[0]
+
+
+def _with_blocks(encoder, blocks):
+  """A copy of an encoder with other blocks."""
+  copy = jax.tree.map(lambda x: x, encoder)
+  count = jax.tree.leaves(blocks)[0].shape[0]
+  copy.config = dataclasses.replace(encoder.config, num_layers=count)
+  copy.blocks = blocks
+  return copy
 
 
 def _rows(table, ids):

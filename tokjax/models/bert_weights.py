@@ -16,6 +16,8 @@ __all__ = [
   "BERT_TABLE",
   "DISTILBERT_TABLE",
   "config_from_json",
+  "config_to_json",
+  "encoder_tensors",
   "load_encoder",
 ]
 
@@ -72,6 +74,43 @@ DISTILBERT_TABLE: Mapping[str, Source] = {
 }
 
 _TABLES = {"bert": BERT_TABLE, "distilbert": DISTILBERT_TABLE}
+_ARCHITECTURES = {"bert": "BertModel", "distilbert": "DistilBertModel"}
+# Field of `BertConfig` -> key of `config.json`: those that must be there, and
+# those whose defaults there are our defaults.
+_KEYS = {
+  "bert": (
+    {
+      "vocab_size": "vocab_size",
+      "width": "hidden_size",
+      "num_layers": "num_hidden_layers",
+      "num_heads": "num_attention_heads",
+      "mlp_width": "intermediate_size",
+      "max_positions": "max_position_embeddings",
+    },
+    {
+      "num_segments": "type_vocab_size",
+      "norm_epsilon": "layer_norm_eps",
+      "dropout_rate": "hidden_dropout_prob",
+      "attention_dropout_rate": "attention_probs_dropout_prob",
+      "init_scale": "initializer_range",
+    },
+  ),
+  "distilbert": (
+    {
+      "vocab_size": "vocab_size",
+      "width": "dim",
+      "num_layers": "n_layers",
+      "num_heads": "n_heads",
+      "mlp_width": "hidden_dim",
+      "max_positions": "max_position_embeddings",
+    },
+    {
+      "dropout_rate": "dropout",
+      "attention_dropout_rate": "attention_dropout",
+      "init_scale": "initializer_range",
+    },
+  ),
+}
 # In front of the encoder's names, by the class that saved the file.
 _PREFIXES = ("", "bert.", "distilbert.", "model.")
 # Tensors that an encoder file may hold and that we have no use for: index
@@ -98,30 +137,65 @@ def config_from_json(config: Mapping[str, Any]) -> bert.BertConfig:
   checks.one_of(("gelu",), activation=activation)
   positions = config.get("position_embedding_type", "absolute")
   checks.one_of(("absolute",), position_embedding_type=positions)
+  needed, optional = _KEYS[kind]
+  missing = sorted(key for key in needed.values() if key not in config)
+  if missing:
+    raise ValueError(f"config.json of a {kind} lacks {missing}")
+  fields = {
+    field: config[key]
+    for field, key in {**needed, **optional}.items()
+    if key in config
+  }
   if kind == "distilbert":
-    return bert.BertConfig(
-      vocab_size=config["vocab_size"],
-      width=config["dim"],
-      num_layers=config["n_layers"],
-      num_heads=config["n_heads"],
-      mlp_width=config["hidden_dim"],
-      max_positions=config["max_position_embeddings"],
-      num_segments=0,
-      dropout_rate=config.get("dropout", 0.1),
-      attention_dropout_rate=config.get("attention_dropout", 0.1),
-    )
-  return bert.BertConfig(
-    vocab_size=config["vocab_size"],
-    width=config["hidden_size"],
-    num_layers=config["num_hidden_layers"],
-    num_heads=config["num_attention_heads"],
-    mlp_width=config["intermediate_size"],
-    max_positions=config["max_position_embeddings"],
-    num_segments=config.get("type_vocab_size", 2),
-    norm_epsilon=config.get("layer_norm_eps", 1e-12),
-    dropout_rate=config.get("hidden_dropout_prob", 0.1),
-    attention_dropout_rate=config.get("attention_probs_dropout_prob", 0.1),
-  )
+    fields["num_segments"] = 0
+  return bert.BertConfig(**fields)
+
+
+def config_to_json(config: bert.BertConfig) -> dict[str, Any]:
+  """The `config.json` of transformers for an encoder; `config_from_json` back.
+
+  Args:
+    config: with segments it is written as a BERT, without as a DistilBERT.
+
+  Raises:
+    ValueError: for an encoder without segments and another `norm_epsilon`
+      than 1e-12, which is neither.
+
+  Example:
+    >>> config_to_json(bert.BertConfig(num_layers=3))["num_hidden_layers"]
+    3
+  """
+  kind = _kind(config)
+  needed, optional = _KEYS[kind]
+  keys = {**needed, **optional}
+  if kind == "distilbert":
+    checks.one_of((1e-12,), norm_epsilon=config.norm_epsilon)
+  return {
+    "architectures": [_ARCHITECTURES[kind]],
+    "model_type": kind,
+    "activation" if kind == "distilbert" else "hidden_act": "gelu",
+    **{key: getattr(config, field) for field, key in keys.items()},
+  }
+
+
+def encoder_tensors(encoder: bert.Bert) -> dict[str, np.ndarray]:
+  """The tensors of an encoder by their names in transformers.
+
+  Args:
+    encoder: BERT, or DistilBERT if it has no segments.
+
+  Returns:
+    What `load_encoder` takes, in the dtypes of the parameters.
+
+  Example:
+    >>> config = bert.BertConfig(vocab_size=9, width=4, num_layers=1,
+    ...                          num_heads=1, mlp_width=4, max_positions=3)
+    >>> encoder = bert.Bert(config, rngs=nnx.Rngs(0))
+    >>> found = encoder_tensors(encoder)
+    >>> found["embeddings.word_embeddings.weight"].shape
+    (9, 4)
+  """
+  return weights.to_tensors(encoder, _TABLES[_kind(encoder.config)])
 
 
 def load_encoder(
@@ -172,3 +246,7 @@ def load_encoder(
     },
     num_layers=shape.num_layers,
   )
+
+
+def _kind(config):
+  return "bert" if config.num_segments else "distilbert"

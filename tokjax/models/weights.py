@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Mapping
 
@@ -18,15 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+import safetensors.numpy
 from flax import nnx
 
 __all__ = [
   "Source",
   "fill",
   "find",
+  "parameter_names",
   "read_tensors",
   "sha256",
+  "to_tensors",
   "weight_files",
+  "write_tensors",
 ]
 
 # Published models that an ordinary Python package carries: name -> module
@@ -172,6 +177,46 @@ def read_tensors(
   }
 
 
+def write_tensors(
+  path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
+) -> None:
+  """Writes a safetensors file that torch libraries read as well.
+
+  Args:
+    path: the file.
+    tensors: arrays by name, in the dtypes they have.
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.safetensors"
+    >>> write_tensors(path, {"a": np.arange(4.0).reshape(2, 2).T})
+    >>> read_tensors([path])["a"].tolist()
+    [[0.0, 2.0], [1.0, 3.0]]
+  """
+  # The library writes the bytes of an array as they lie in memory.
+  ordered = {name: np.asarray(x, order="C") for name, x in tensors.items()}
+  safetensors.numpy.save_file(ordered, path, metadata={"format": "pt"})
+
+
+def parameter_names(module: nnx.Module) -> list[str]:
+  """Dotted paths of the parameters of a module, as `jax.tree.leaves` orders.
+
+  Args:
+    module: abstract or real.
+
+  Example:
+    >>> parameter_names(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    ['bias', 'kernel']
+  """
+  # The last key is the `value` of the nnx.Param; lists have numbers for keys.
+  return [
+    ".".join(
+      str(getattr(key, "name", getattr(key, "idx", ""))) for key in path[:-1]
+    )
+    for path, _ in jax.tree_util.tree_flatten_with_path(module)[0]
+  ]
+
+
 def fill(
   module: nnx.Module,
   tensors: Mapping[str, np.ndarray],
@@ -195,16 +240,14 @@ def fill(
     ValueError: listing every parameter without a source, every tensor
       missing, of the wrong shape, or left over.
   """
-  leaves, tree = jax.tree_util.tree_flatten_with_path(module)
+  leaves, tree = jax.tree.flatten(module)
   problems, used, arrays = [], set(), []
-  for path, leaf in leaves:
-    # The last key is the `value` of the nnx.Param.
-    target = ".".join(key.name for key in path[:-1])
+  for target, leaf in zip(parameter_names(module), leaves, strict=True):
     if target not in table:
       problems.append(f"no source for parameter {target}")
       continue
     source = table[target]
-    stacked = any("{layer}" in name for name in source.names)
+    stacked = _is_stacked(source)
     shape = leaf.shape[1:] if stacked else leaf.shape
     parts = []
     for layer in range(num_layers if stacked else 1):
@@ -221,6 +264,40 @@ def fill(
       "the tensors do not fit the module:\n  " + "\n  ".join(problems)
     )
   return jax.tree_util.tree_unflatten(tree, arrays)
+
+
+def to_tensors(
+  module: nnx.Module, table: Mapping[str, Source]
+) -> dict[str, np.ndarray]:
+  """The tensors that `fill` makes a module of.
+
+  Args:
+    module: with parameters; read from every device.
+    table: as in `fill`; has a source for every parameter.
+
+  Returns:
+    NumPy arrays by the names of the table, some of them views.
+
+  Example:
+    >>> module = nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0))
+    >>> found = to_tensors(module, {"kernel": Source(("weight",), True)})
+    >>> found["weight"].shape
+    (3, 2)
+  """
+  tensors = {}
+  leaves = jax.tree.leaves(module)
+  for target, leaf in zip(parameter_names(module), leaves, strict=True):
+    source, x = table[target], np.asarray(leaf)
+    for layer, whole in enumerate(x if _is_stacked(source) else x[None]):
+      whole = whole.T if source.transpose else whole
+      parts = np.split(whole, len(source.names))
+      for name, part in zip(source.names, parts, strict=True):
+        tensors[name.format(layer=layer)] = part
+  return tensors
+
+
+def _is_stacked(source):
+  return any("{layer}" in name for name in source.names)
 
 
 def _collect(tensors, names, shape, transpose):
