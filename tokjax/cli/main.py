@@ -17,6 +17,7 @@ COMMANDS = {
   "index": "encode a corpus and build a searchable index in a folder",
   "search": "ask an index; without a query, read queries from the terminal",
   "evaluate": "ranking quality and cost on a BEIR folder or on pydocs",
+  "train": "train a retriever as a config file says",
   "encode": "encode a corpus into one file of token vectors",
   "compile": "compile the kernels for TPU and H100 without owning one",
   "bench": "measure the hot paths on this machine against their baselines",

@@ -20,6 +20,7 @@ What is judged relevant, and how the splits stay apart:
   10 % test. All splits search all documents.
 """
 
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -86,6 +87,11 @@ def load_splits(
       installed.
   """
   _check_packages(packages)
+  return dict(_splits(tuple(packages)))
+
+
+@functools.cache  # 15 s; the sets are never changed
+def _splits(packages):
   entries_of = {
     package: [e for e in docstrings.extract(package) if _is_long_enough(e)]
     for package in packages

@@ -1,0 +1,243 @@
+"""Losses of whole models: what they are made of, and on eight devices."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from tokjax.kernels import maxsim
+from tokjax.models import bert
+from tokjax.parallel import meshes
+from tokjax.retrieval import colbert, colberter, crisp, heads, losses, xtr
+from tokjax.train import late_interaction
+from tokjax.train.late_interaction import (
+  METHODS,
+  LateInteraction,
+  Objective,
+  TextRules,
+  make_loss,
+)
+
+B, n, Q, N, WIDTH = 8, 2, 6, 12, 16
+CLUSTERS = crisp.CrispConfig(query_clusters=3, document_clusters=4)
+PLAIN = TextRules(None, False, (), True)
+
+
+def batch(seed=0, teacher=False):
+  random = np.random.default_rng(seed)
+  query_mask = np.arange(Q) < random.integers(2, Q + 1, (B, 1))
+  document_mask = np.arange(N) < random.integers(3, N + 1, (B, n, 1))
+  made = {
+    "query_ids": np.where(query_mask, random.integers(5, 50, (B, Q)), 0),
+    "query_mask": query_mask,
+    "document_ids": np.where(
+      document_mask, random.integers(5, 50, (B, n, N)), 0
+    ),
+    "document_mask": document_mask,
+    "false_negative": random.random((B, B * n)) < 0.1,
+  }  # fmt: skip
+  row = np.arange(B)
+  made["false_negative"][row, row * n] = False
+  for side in ("query", "document"):
+    words = made[f"{side}_ids"] // 2
+    made[f"{side}_words"] = words.astype(np.uint32)
+    made[f"{side}_ids"] = made[f"{side}_ids"].astype(np.int32)
+  if teacher:
+    made["teacher"] = random.standard_normal((B, n)).astype(np.float32)
+  return made
+
+
+def model(method="colbert", **changes):
+  config = bert.BertConfig(
+    vocab_size=50, width=WIDTH, num_layers=2, num_heads=2, mlp_width=32,
+    max_positions=N,
+  )  # fmt: skip
+  encoder = bert.Bert(config, rngs=nnx.Rngs(0))
+  if method == "colberter":
+    settings = dict(hidden_dim=WIDTH, cls_dim=8, token_dim=4) | changes
+    head_config = colberter.ColberterConfig(**settings)
+    head = colberter.ColberterHead(head_config, rngs=nnx.Rngs(1))
+  else:
+    head_config = heads.HeadConfig(WIDTH, 8, **changes)
+    head = heads.ProjectionHead(head_config, rngs=nnx.Rngs(1))
+  return LateInteraction(encoder, head)
+
+
+def objective(method, **changes):
+  return Objective(method=method, clusters=CLUSTERS, k_train=9, **changes)
+
+
+def token_sets(m, data):
+  """Queries and documents encoded the long way."""
+  queries = colbert.encode_head(
+    m.head, m.encoder(data["query_ids"], data["query_mask"]), data["query_mask"]
+  )
+  ids = data["document_ids"].reshape(-1, N)
+  mask = data["document_mask"].reshape(-1, N)
+  documents = colbert.encode_head(m.head, m.encoder(ids, mask), mask)
+  return queries, documents, data["query_mask"], mask
+
+
+@pytest.mark.parametrize("method", ["colbert", "xtr", "crisp"])
+@pytest.mark.parametrize("teacher", [False, True])
+def test_loss_is_made_of_its_parts(method, teacher):
+  data, m = batch(teacher=teacher), model()
+  arrays = token_sets(m, data)
+  scores = {
+    "colbert": lambda: maxsim.maxsim(*arrays),
+    "xtr": lambda: xtr.train_scores(*arrays, k_train=9),
+    "crisp": lambda: crisp.score(*arrays, CLUSTERS),
+  }[method]()
+  want = losses.in_batch_cross_entropy(scores / 0.5, ~data["false_negative"])
+  if teacher:
+    own = np.stack([scores[i, i * n : (i + 1) * n] for i in range(B)])
+    want += 2.0 * losses.kl_distillation(own, data["teacher"], temperature=0.25)
+  settings = dict(temperature=0.5, distill_weight=2.0, distill_temperature=0.25)
+  loss, metrics = make_loss(objective(method, **settings), PLAIN)(m, data, None)
+  np.testing.assert_allclose(loss, want, rtol=1e-5)
+  allowed = np.where(data["false_negative"], -np.inf, scores)
+  hits = [allowed[i, i * n] >= allowed[i].max() for i in range(B)]
+  assert metrics["accuracy"] == np.mean(hits, dtype=np.float32)
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_colberter_loss_is_made_of_its_parts(teacher):
+  data, m = batch(teacher=teacher), model("colberter")
+  ids = data["document_ids"].reshape(-1, N)
+  mask = data["document_mask"].reshape(-1, N)
+
+  def unique(words):
+    rows = [np.unique(row[row > 0]) for row in words]
+    return np.stack(
+      [np.pad(row, (0, words.shape[1] - len(row))) for row in rows]
+    )
+
+  words = data["document_words"].reshape(-1, N)
+  documents = m.head.passages(m.encoder(ids, mask), mask, words, unique(words))
+  words = data["query_words"]
+  hidden = m.encoder(data["query_ids"], data["query_mask"])
+  queries = m.head.queries(hidden, data["query_mask"], words, unique(words))
+  found = colberter.score(
+    queries.cls, queries.words, queries.mask, documents.cls, documents.words,
+    documents.mask, m.head.fusion[...],
+  )  # fmt: skip
+  gates = documents.gates.reshape(B, n, N)
+  lists = documents.mask.reshape(B, n, N)
+  if teacher:
+    pairs = colberter.Scores(
+      *(np.stack([x[i, i * n : (i + 1) * n] for i in range(B)]) for x in found)
+    )
+    want = colberter.loss(pairs, data["teacher"], gates, lists).total
+  else:
+    keep = ~data["false_negative"]
+    want = losses.in_batch_cross_entropy(found.scores, keep)
+    want += 0.1 * losses.in_batch_cross_entropy(found.cls_scores, keep)
+    for x, where in (
+      (gates[:, :1], lists[:, :1]),
+      (gates[:, 1:], lists[:, 1:]),
+    ):
+      want += 0.75 * np.sum(x * where) / np.sum(where)
+  loss, _ = make_loss(objective("colberter"), PLAIN)(m, data, None)
+  np.testing.assert_allclose(loss, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eight_devices_equal_one(method):
+  data, m = batch(teacher=method == "colberter"), model(method)
+  loss_fn = make_loss(objective(method), PLAIN)
+  function = jax.value_and_grad(loss_fn, has_aux=True)
+  (want, _), want_gradient = jax.jit(function)(m, data, None)
+  mesh = meshes.make_mesh(data=4, fsdp=2)
+  with jax.set_mesh(mesh):
+    shards = meshes.shard_batch(data, mesh)
+    whole = jax.device_put(m, jax.NamedSharding(mesh, jax.P()))
+    (got, _), gradient = jax.jit(function)(whole, shards, None)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for g, w in zip(
+    jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True
+  ):
+    scale = max(1.0, float(np.abs(w).max()))
+    np.testing.assert_allclose(g, w, atol=1e-5 * scale)
+
+
+def test_exact_match_compares_equal_words_only():
+  data, m = batch(), model("colberter", exact_match=True)
+  loss, _ = make_loss(objective("colberter"), PLAIN)(m, data, None)
+  other = data | {"document_words": data["document_words"] + 100}
+  alone, _ = make_loss(objective("colberter"), PLAIN)(m, other, None)
+  assert np.isfinite(loss) and abs(loss - alone) > 1e-3
+
+
+def test_queries_are_padded_with_masks():
+  data, m = batch(), model()
+  expanded = TextRules(7, False, (), True)
+  loss, _ = make_loss(objective("colbert"), expanded)(m, data, None)
+  queries, documents, _, mask = token_sets(m, data)
+  ids = np.where(data["query_mask"], data["query_ids"], 7)
+  hidden = m.encoder(ids, data["query_mask"])
+  everywhere = np.ones_like(data["query_mask"])
+  queries = colbert.encode_head(m.head, hidden, everywhere)
+  scores = maxsim.maxsim(queries, documents, None, mask)
+  want = losses.in_batch_cross_entropy(scores, ~data["false_negative"])
+  np.testing.assert_allclose(loss, want, rtol=1e-5)
+
+
+def test_skipped_words_are_not_scored():
+  data, m = batch(), model()
+  skip = TextRules(None, False, (6, 7, 8), True)
+  loss, _ = make_loss(objective("colbert"), skip)(m, data, None)
+  queries, documents, query_mask, mask = token_sets(m, data)
+  scored = mask & ~np.isin(data["document_ids"].reshape(-1, N), (6, 7, 8))
+  scores = maxsim.maxsim(queries, documents, query_mask, scored)
+  want = losses.in_batch_cross_entropy(scores, ~data["false_negative"])
+  np.testing.assert_allclose(loss, want, rtol=1e-5)
+
+
+def test_hidden_states_stand_for_frozen_blocks():
+  data, m = batch(), model()
+  want, _ = make_loss(objective("colbert"), PLAIN)(m, data, None)
+  lower, upper = bert.split(m.encoder, 1)
+  flat = (
+    data["document_ids"].reshape(-1, N),
+    data["document_mask"].reshape(-1, N),
+  )
+  hidden = {
+    "query_hidden": lower(data["query_ids"], data["query_mask"]),
+    "document_hidden": lower(*flat).reshape(B, n, N, WIDTH),
+  }
+  small = LateInteraction(upper, m.head)
+  loss_fn = make_loss(objective("colbert"), PLAIN)
+  np.testing.assert_allclose(
+    loss_fn(small, data | hidden, None)[0], want, rtol=1e-5
+  )
+  with pytest.raises(ValueError, match="mask_id must be None, got 7"):
+    make_loss(objective("colbert"), TextRules(7, False, (), True))(
+      small, data | hidden, None
+    )
+
+
+def test_remat_and_dropout():
+  data, m = batch(), model()
+  plain = make_loss(objective("colbert"), PLAIN)
+  again = make_loss(objective("colbert", remat_encoder=True), PLAIN)
+  with jax.debug_key_reuse(False):  # the same masks twice are the point
+    one, two = (
+      jax.jit(jax.grad(lambda m, f=f: f(m, data, jax.random.key(0))[0]))(m)
+      for f in (plain, again)
+    )
+  for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-6)
+  dropped, _ = plain(m, data, jax.random.key(1))
+  assert abs(dropped - plain(m, data, None)[0]) > 1e-4
+
+
+def test_settings_are_checked():
+  with pytest.raises(ValueError, match="clusters must be given"):
+    make_loss(Objective(method="crisp"), PLAIN)
+  with pytest.raises(ValueError, match="method must be one of"):
+    make_loss(dataclasses.replace(Objective(), method="bm25"), PLAIN)
+  config = dataclasses.replace(colbert.ColbertConfig(), score_specials=False)
+  with pytest.raises(ValueError, match="score_specials"):
+    late_interaction.text_rules(config, None)

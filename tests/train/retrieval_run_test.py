@@ -1,0 +1,181 @@
+"""A retriever learns a tiny corpus by heart, whole or its upper part."""
+
+import dataclasses
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.cli.conftest import beir, model  # noqa: F401
+from tokjax.eval import runs
+from tokjax.models import bert, checkpoints
+from tokjax.retrieval import colbert, colberter, crisp, heads
+from tokjax.train import features, loop, retrieval_run
+from tokjax.train.late_interaction import LateInteraction, Objective
+from tokjax.train.optimizer import OptimizerConfig
+from tokjax.train.retrieval_run import DataConfig, RetrievalRun
+
+hook = pytest.mark.skipif(
+  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
+)
+
+
+@pytest.fixture
+def run(beir, model):  # noqa: F811
+  folder = f"{beir}/qrels"
+  shutil.copy(f"{folder}/test.tsv", f"{folder}/train.tsv")
+  return RetrievalRun(
+    model=model,
+    document_length=8,
+    query_length=4,
+    head=heads.HeadConfig(input_dim=32, output_dim=16),
+    data=DataConfig(dataset=beir, batch_size=8, bucket=8),
+    trainer=loop.TrainConfig(
+      num_steps=60,
+      optimizer=OptimizerConfig(learning_rate=3e-3),
+      log_every=0,
+    ),
+  )
+
+
+def width(model_folder):
+  return checkpoints.load(model_folder).encoder.config.width
+
+
+def mean_reciprocal_rank(run, checkpoint):
+  """Of the training queries, by exact MaxSim."""
+  data = retrieval_run.load_data(run.data)
+  parts = (
+    checkpoint.tokenizer,
+    checkpoint.encoder,
+    checkpoint.head,
+    checkpoint.config,
+  )
+  queries = colbert.encode_queries(data.query_texts, *parts)
+  documents = colbert.encode_documents(
+    data.document_texts, *parts, progress=False
+  )
+  found, qrels = {}, {}
+  for i, (query, mask) in enumerate(
+    zip(queries.tokens, queries.mask, strict=True)
+  ):
+    similarity = query[mask] @ documents.tokens.T
+    scores = np.maximum.reduceat(similarity, documents.offsets[:-1], axis=1)
+    found[str(i)] = {str(j): float(s) for j, s in enumerate(scores.sum(0))}
+  for query, rows in zip(data.query_index, data.positives, strict=True):
+    qrels[str(query)] = {str(row): 1 for row in rows}
+  return runs.evaluate(found, qrels, ("MRR@10",))["MRR@10"]
+
+
+@pytest.mark.parametrize("frozen_layers", [0, 1])
+def test_learns_its_training_queries(run, frozen_layers):
+  size = width(run.model)
+  head = dataclasses.replace(run.head, input_dim=size)
+  run = dataclasses.replace(run, frozen_layers=frozen_layers, head=head)
+  start, _ = retrieval_run.train(
+    dataclasses.replace(
+      run, trainer=dataclasses.replace(run.trainer, num_steps=1)
+    )
+  )
+  done, trained = retrieval_run.train(run)
+  before, after = (mean_reciprocal_rank(run, x) for x in (start, done))
+  assert after > before and after > 0.85
+  assert int(trained.state.step) == 60 and not trained.preempted
+
+
+def test_frozen_blocks_stay_as_they_were(run):
+  head = dataclasses.replace(run.head, input_dim=width(run.model))
+  run = dataclasses.replace(run, frozen_layers=1, head=head)
+  prepared = retrieval_run.prepare(run, progress=False)
+  done, trained = retrieval_run.train(run, prepared)
+  before, after = prepared.checkpoint.encoder, done.encoder
+  np.testing.assert_array_equal(
+    after.words.embedding[...], before.words.embedding[...]
+  )
+  for new, old in zip(
+    jax.tree.leaves(after.blocks), jax.tree.leaves(before.blocks), strict=True
+  ):
+    np.testing.assert_array_equal(new[0], old[0])
+  assert not np.array_equal(
+    after.blocks.up.kernel[...][1], before.blocks.up.kernel[...][1]
+  )
+  # The stored hidden states give the token vectors of the whole encoder.
+  packed = features.encode(prepared.frozen.documents, trained.state.model)
+  want = colbert.encode_documents(
+    prepared.data.document_texts, done.tokenizer, done.encoder, done.head,
+    done.config, progress=False,
+  )  # fmt: skip
+  np.testing.assert_array_equal(packed.offsets, want.offsets)
+  np.testing.assert_allclose(packed.tokens, want.tokens, atol=5e-3)
+  np.testing.assert_allclose(packed.pooled, want.pooled, atol=5e-3)
+
+
+@pytest.mark.parametrize("method", ["xtr", "crisp", "colberter"])
+def test_every_method_trains(run, method):
+  size = width(run.model)
+  clusters = crisp.CrispConfig(query_clusters=2, document_clusters=3)
+  run = dataclasses.replace(
+    run,
+    objective=Objective(method=method, clusters=clusters, k_train=20),
+    head=dataclasses.replace(run.head, input_dim=size),
+    trainer=dataclasses.replace(run.trainer, num_steps=3),
+  )
+  if method == "colberter":
+    words = colberter.ColberterConfig(
+      hidden_dim=size, cls_dim=8, token_dim=4, exact_match=True
+    )
+    with pytest.raises(ValueError, match="words must be given"):
+      retrieval_run.train(run)
+    run = dataclasses.replace(run, words=words, head=None)
+  done, trained = retrieval_run.train(run)
+  assert bool(trained.state.finite) and int(trained.state.step) == 3
+  if method == "colberter":
+    assert isinstance(done.head, colberter.ColberterHead)
+
+
+def test_evaluation_gets_a_whole_checkpoint(run):
+  head = dataclasses.replace(run.head, input_dim=width(run.model))
+  trainer = dataclasses.replace(run.trainer, num_steps=4, evaluate_every=2)
+  run = dataclasses.replace(run, frozen_layers=1, head=head, trainer=trainer)
+  seen = []
+
+  def evaluate(checkpoint, step):
+    seen.append((step, checkpoint.encoder.config.num_layers))
+    return {"MRR@10": mean_reciprocal_rank(run, checkpoint)}
+
+  _, trained = retrieval_run.train(run, evaluate=evaluate)
+  assert seen == [(2, 2), (4, 2)] and 0 < trained.metrics["MRR@10"] <= 1
+
+
+def test_bm25_finds_negatives(run):
+  data = retrieval_run.load_data(
+    dataclasses.replace(run.data, mine="bm25", num_negatives=2)
+  )
+  for good, bad in zip(data.positives, data.negatives, strict=True):
+    assert len(bad) == 2 and not set(good) & set(bad)
+
+
+def test_freezing_needs_queries_without_masks(run):
+  prepared = retrieval_run.prepare(run, progress=False)
+  config = dataclasses.replace(prepared.checkpoint.config, expand_queries=True)
+  other = dataclasses.replace(prepared.checkpoint, config=config)
+  with pytest.raises(ValueError, match="expand_queries=False"):
+    retrieval_run.freeze(other, prepared.data, 1, progress=False)
+
+
+def test_features_are_hidden_states_of_the_lower_blocks(run):
+  prepared = retrieval_run.prepare(run, progress=False)
+  lower, upper = bert.split(prepared.checkpoint.encoder, 1)
+  texts = prepared.data.document_texts[:3]
+  found = features.compute(
+    texts, prepared.checkpoint.tokenizer, lower, length=8, progress=False
+  )
+  rows = colbert.tokenize(texts, prepared.checkpoint.tokenizer, length=8)
+  for i, row in enumerate(rows):
+    own = found.hidden[found.offsets[i] : found.offsets[i + 1]]
+    want = lower(row[None], np.ones((1, len(row)), bool))[0]
+    np.testing.assert_allclose(own, want, atol=2e-3)
+  model = LateInteraction(upper, heads.Projection([]))  # noqa: F811
+  assert features.encode(found, model).tokens.shape[1] == lower.config.width
