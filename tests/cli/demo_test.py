@@ -23,6 +23,7 @@ def test_demo_writes_page_index_and_numbers(model, tmp_path, few_packages):
   config = demo.DemoConfig(
     out=str(out), model=model, document_length=16, max_documents=30,
     max_queries=5, questions=("light wave", "wing"), results=2,
+    train_steps=3, train_queries=20,
   )  # fmt: skip
   page = demo.run(config)
   text = page.read_text(encoding="utf-8")
@@ -33,6 +34,7 @@ def test_demo_writes_page_index_and_numbers(model, tmp_path, few_packages):
   assert [row["name"] for row in results["rows"]][:3] == [
     "bm25", "dense", "maxsim"
   ]  # fmt: skip
+  assert results["rows"][-1]["name"] == "maxsim, trained head"
   assert all(0 <= row["metrics"]["R@100"] <= 1 for row in results["rows"])
   demo.run(config)  # once more over what is there
   assert index_files.open_index(out / "index").num_documents == 30

@@ -9,15 +9,34 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from tokjax.cli import evaluate
-from tokjax.eval.comparison import Measured
 
-__all__ = ["Claim", "load", "main"]
+__all__ = ["Claim", "evaluated", "load", "main"]
 
 # A checkout has them beside the package.
 _FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "claims"
+
+
+def evaluated(
+  config: evaluate.EvaluateConfig, *, progress: bool = True
+) -> dict[str, Any]:
+  """Rows of `tokjax evaluate` by method; what most claims measure.
+
+  Args:
+    config: one run.
+    progress: show progress bars.
+
+  Returns:
+    {method: `comparison.Measured`}.
+  """
+  encoded = evaluate.encode(config, progress=progress)
+  return {row.name: row for row in evaluate.measure(config, encoded)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +46,16 @@ class Claim:
   Attributes:
     statement: what should hold, one sentence.
     runs: what to measure, one after the other.
-    margin: takes the rows of one run by method name; how far the statement
-      holds there, in the unit of the metric: it holds when not negative.
+    margin: takes the rows of one run by name; how far the statement holds
+      there, in the unit of the metric: it holds when not negative.
+    measure: `measure(run, progress=)` gives the rows of a run; a row has
+      `metrics` and `bytes_per_document`.
   """
 
   statement: str
-  runs: tuple[evaluate.EvaluateConfig, ...]
-  margin: Callable[[dict[str, Measured]], float]
+  runs: tuple[Any, ...]
+  margin: Callable[[Mapping[str, Any]], float]
+  measure: Callable[..., Mapping[str, Any]] = evaluated
 
 
 def load(name: str, data: str, folder: pathlib.Path = _FOLDER) -> Claim:
@@ -79,16 +101,26 @@ def main(argv: list[str]) -> int:
     print(claim.statement)
   holds = True
   for config in claim.runs:
-    encoded = evaluate.encode(config, progress=not options.json)
-    rows = {row.name: row for row in evaluate.measure(config, encoded)}
+    rows = claim.measure(config, progress=not options.json)
     margin = claim.margin(rows)
     holds &= margin >= 0
     metrics = {name: row.metrics for name, row in rows.items()}
     if options.json:
       record = {"dataset": config.dataset, "margin": margin, "metrics": metrics}
+      if hasattr(config, "seed"):
+        record["seed"] = config.seed
       print(json.dumps(record))
     else:
-      evaluate.print_table(list(rows.values()), config.dataset)
+      _print_rows(rows, config.dataset)
       verdict = "holds" if margin >= 0 else "does not hold"
       print(f"{verdict}, margin {margin:+.4f}")
   return 0 if holds else 1
+
+
+def _print_rows(rows, title):
+  names = list(next(iter(rows.values())).metrics)
+  table = Table("", *names, "bytes/doc", title=title)
+  for name, row in rows.items():
+    numbers = (f"{row.metrics[metric]:.4f}" for metric in names)
+    table.add_row(name, *numbers, f"{row.bytes_per_document:,.0f}")
+  Console().print(table)
