@@ -264,6 +264,12 @@ def altered():
   return head
 
 
+def reconfigured():
+  encoder = make().encoder
+  encoder.config = dataclasses.replace(SHAPE, dropout_rate=0.0)
+  return encoder  # its blocks still have the other rate
+
+
 @pytest.mark.parametrize(
   ("change", "error", "message"),
   [
@@ -275,6 +281,11 @@ def altered():
       TypeError,
       "must be a Bert, got None",
       marks=hook,
+    ),
+    (
+      lambda: {"encoder": reconfigured()},
+      ValueError,
+      "encoder must be made as",
     ),
     (lambda: {"head": gated()}, ValueError, "must be a ProjectionHead"),
     (lambda: {"head": altered()}, ValueError, "Dense folders must hold"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.cli.conftest import beir, model  # noqa: F401
+from tokjax.data import batches
 from tokjax.eval import runs
 from tokjax.models import bert, checkpoints
 from tokjax.retrieval import colbert, colberter, crisp, heads
@@ -177,5 +178,19 @@ def test_features_are_hidden_states_of_the_lower_blocks(run):
     own = found.hidden[found.offsets[i] : found.offsets[i + 1]]
     want = lower(row[None], np.ones((1, len(row)), bool))[0]
     np.testing.assert_allclose(own, want, atol=2e-3)
+  data = dataclasses.replace(
+    prepared.data, document_texts=texts, query_index=[0], positives=[[2]],
+    negatives=[[]],
+  )  # fmt: skip
+  pipeline = batches.build(
+    data, prepared.checkpoint.tokenizer, prepared.checkpoint.config,
+    batch_size=1, seed=0, bucket=8,
+  )  # fmt: skip
+  batch = features.attach(pipeline, found, found)[0]
+  last = found.hidden[found.offsets[2] : found.offsets[3]]
+  np.testing.assert_array_equal(
+    batch["document_hidden"][0, 0, : len(last)], last
+  )
+  assert not batch["document_hidden"][0, 0, len(last) :].any()
   model = LateInteraction(upper, heads.Projection([]))  # noqa: F811
   assert features.encode(found, model).tokens.shape[1] == lower.config.width

@@ -40,7 +40,9 @@ class EvaluateConfig:
   metrics: tuple[str, ...] = ("nDCG@10", "R@100", "MRR@10")
   codec: str = "float16"  # how tokens are stored
   fde: int = 10240  # width of the MUVERA encodings, a key of muvera.PRESETS
-  num_candidates: int = 256  # documents re-ranked per query
+  # Documents re-ranked per query: the fewest, as a power of two, that hold 98 %
+  # of the exact ten best on scifact, cranfield and vaswani.
+  num_candidates: int = 512
   dtype: str = "float32"  # the encoder computes in this
   document_length: int | None = None  # most tokens of a document; None: model's
   max_documents: int | None = None  # take only some documents; None for all

@@ -63,7 +63,7 @@ class Searcher(NamedTuple):
     *,
     k: int = 10,
     mode: str = "auto",
-    num_candidates: int = 256,
+    num_candidates: int = 512,
   ) -> list[Hit]:
     """The k best documents for a query, best first.
 
@@ -177,7 +177,7 @@ def main(argv: list[str]) -> int:
     f" auto is exact up to {_EXACT_DOCUMENTS:,} documents, and always xtr for"
     " XTR and cls for ColBERTer (default: auto)",
   )
-  add("--candidates", type=int, default=256, metavar="N")
+  add("--candidates", type=int, default=512, metavar="N")
   add("--model", help="where the model is, if it has moved")
   add("--json", action="store_true", help="one object a query")
   options = parser.parse_args(argv)

@@ -2,5 +2,6 @@
 
 from tokjax.models.bert import Bert, BertConfig
 from tokjax.models.checkpoints import Checkpoint, load
+from tokjax.models.saving import save
 
-__all__ = ["Bert", "BertConfig", "Checkpoint", "load"]
+__all__ = ["Bert", "BertConfig", "Checkpoint", "load", "save"]

@@ -99,14 +99,15 @@ def save(folder: str | os.PathLike, checkpoint: Checkpoint) -> Checkpoint:
       _write_head(aside / checkpoints.HEAD_FILE, head)
     _write_settings(aside / checkpoints.SETTINGS_FILE, checkpoint, kind)
     read = checkpoints.load(str(aside))
-    want, got = (
-      jax.tree.structure((x.encoder, x.head)) for x in (checkpoint, read)
-    )
-    if got != want:
-      raise ValueError(
-        f"encoder and head must be as their configs say, got {want}, which "
-        f"would be read as {got}"
+    for name in ("encoder", "head"):
+      want, got = (
+        jax.tree.structure(getattr(x, name)) for x in (checkpoint, read)
       )
+      if got != want:
+        raise ValueError(
+          f"{name} must be made as its config says: it has other parts or "
+          "settings and could not be read back"
+        )
   return dataclasses.replace(
     checkpoint, layout=read.layout, folder=folder, sha256=read.sha256
   )

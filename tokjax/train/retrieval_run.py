@@ -16,7 +16,6 @@ from flax import nnx
 from tokjax import checks
 from tokjax.data import batches, beir, hard_negatives, pydocs, training_set
 from tokjax.data import triples as triple_files
-from tokjax.eval import bm25
 from tokjax.models import bert, checkpoints
 from tokjax.parallel import meshes, processes
 from tokjax.retrieval import colbert, colberter, heads, methods
@@ -328,7 +327,7 @@ def train(
     batch_size=run.data.batch_size,
     num_negatives=run.data.num_negatives,
     seed=run.seed,
-    bucket=run.data.bucket,
+    bucket=min(run.data.bucket, text.document_length),
     words=_words if run.words is not None else None,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
@@ -369,6 +368,10 @@ def train(
 
 
 def _with_bm25(found, config):
+  # bm25s computes with jax when it is imported; `processes.initialize`, which
+  # a program calls after its imports, must come before that.
+  from tokjax.eval import bm25
+
   documents = [str(i) for i in range(len(found.document_texts))]
   queries = [str(i) for i in range(len(found.query_texts))]
   run = bm25.search(
