@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.cli.conftest import beir, model  # noqa: F401
 from tokjax.data import batches
@@ -194,3 +195,22 @@ def test_features_are_hidden_states_of_the_lower_blocks(run):
   assert not batch["document_hidden"][0, 0, len(last) :].any()
   model = LateInteraction(upper, heads.Projection([]))  # noqa: F811
   assert features.encode(found, model).tokens.shape[1] == lower.config.width
+
+
+def test_heads_that_are_trained(run):
+  checkpoint = retrieval_run.prepare(run, progress=False).checkpoint
+  size = checkpoint.encoder.config.width
+  rngs = nnx.Rngs(0)
+  plain = dataclasses.replace(run, head=None)
+  kept = retrieval_run.new_head(plain, checkpoint, rngs=rngs)
+  assert len(kept.layers) == 0
+  made = dataclasses.replace(run, head=heads.HeadConfig(size, 5))
+  head = retrieval_run.new_head(made, checkpoint, rngs=rngs)
+  assert head(np.ones((1, size), np.float32)).shape == (1, 5)
+  words = dataclasses.replace(
+    plain,
+    objective=Objective(method="colberter"),
+    words=colberter.ColberterConfig(hidden_dim=size + 1),
+  )
+  with pytest.raises(ValueError, match="words_hidden_dim=.*encoder_width="):
+    retrieval_run.new_head(words, checkpoint, rngs=rngs)

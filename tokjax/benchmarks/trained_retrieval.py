@@ -51,9 +51,9 @@ VARIANTS = (
   "colberter",
 )
 _HEADS = {
+  "linear": dict(),
   "ffn": dict(kind="ffn", expand=2.0, residual="first"),
-  "ffn silu": dict(kind="ffn", expand=2.0, residual="first", activation="silu"),
-  "glu": dict(kind="glu", expand=2.0, residual="all", activation="silu"),
+  "glu": dict(kind="glu", expand=2.0, residual="first", activation="silu"),
 }
 _METRICS = ("nDCG@10", "R@100")
 

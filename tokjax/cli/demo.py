@@ -178,13 +178,18 @@ def _train_head(config, encoded) -> comparison.Measured:
     documents=_features(encoded.documents),
   )
   width = checkpoint.encoder.config.width
+  devices = jax.device_count()  # each has as many rows of a batch
+  batch_size = max(32, devices)
+  batch_size = min(batch_size, learned.num_examples) // devices * devices
   _, done = retrieval_run.train(
     retrieval_run.RetrievalRun(
       head=heads.HeadConfig(input_dim=width, output_dim=width, init="identity"),
-      data=retrieval_run.DataConfig(batch_size=min(32, learned.num_examples)),
+      data=retrieval_run.DataConfig(batch_size=batch_size),
       trainer=loop.TrainConfig(
         num_steps=config.train_steps,
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=30),
+        optimizer=OptimizerConfig(
+          learning_rate=5e-4, warmup_steps=config.train_steps // 10
+        ),
         log_every=100,
       ),
     ),
