@@ -7,7 +7,9 @@ from tokjax.cli import bench
 
 def test_subjects_are_the_hot_paths():
   found = bench.subjects()
-  assert {"encode", "maxsim", "muvera", "search", "selection"} == set(found)
+  assert set(found) == {
+    "encode", "maxsim", "muvera", "search", "selection", "trained_retrieval"
+  }  # fmt: skip
   assert all(len(text) > 10 for text in found.values())
 
 

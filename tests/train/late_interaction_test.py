@@ -1,8 +1,10 @@
 """Losses of whole models: what they are made of, and on eight devices."""
 
 import dataclasses
+import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -23,6 +25,9 @@ from tokjax.train.late_interaction import (
 B, n, Q, N, WIDTH = 8, 2, 6, 12, 16
 CLUSTERS = crisp.CrispConfig(query_clusters=3, document_clusters=4)
 PLAIN = TextRules(None, False, (), True)
+hook = pytest.mark.skipif(
+  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
+)
 
 
 def batch(seed=0, teacher=False):
@@ -46,7 +51,7 @@ def batch(seed=0, teacher=False):
     made[f"{side}_ids"] = made[f"{side}_ids"].astype(np.int32)
   if teacher:
     made["teacher"] = random.standard_normal((B, n)).astype(np.float32)
-  return made
+  return jax.tree.map(jnp.asarray, made)
 
 
 def model(method="colbert", **changes):
@@ -92,12 +97,12 @@ def test_loss_is_made_of_its_parts(method, teacher):
   }[method]()
   want = losses.in_batch_cross_entropy(scores / 0.5, ~data["false_negative"])
   if teacher:
-    own = np.stack([scores[i, i * n : (i + 1) * n] for i in range(B)])
+    own = jnp.stack([scores[i, i * n : (i + 1) * n] for i in range(B)])
     want += 2.0 * losses.kl_distillation(own, data["teacher"], temperature=0.25)
   settings = dict(temperature=0.5, distill_weight=2.0, distill_temperature=0.25)
   loss, metrics = make_loss(objective(method, **settings), PLAIN)(m, data, None)
   np.testing.assert_allclose(loss, want, rtol=1e-5)
-  allowed = np.where(data["false_negative"], -np.inf, scores)
+  allowed = jnp.where(data["false_negative"], -np.inf, scores)
   hits = [allowed[i, i * n] >= allowed[i].max() for i in range(B)]
   assert metrics["accuracy"] == np.mean(hits, dtype=np.float32)
 
@@ -109,8 +114,8 @@ def test_colberter_loss_is_made_of_its_parts(teacher):
   mask = data["document_mask"].reshape(-1, N)
 
   def unique(words):
-    rows = [np.unique(row[row > 0]) for row in words]
-    return np.stack(
+    rows = [np.unique(row[row > 0]) for row in np.asarray(words)]
+    return jnp.stack(
       [np.pad(row, (0, words.shape[1] - len(row))) for row in rows]
     )
 
@@ -127,7 +132,7 @@ def test_colberter_loss_is_made_of_its_parts(teacher):
   lists = documents.mask.reshape(B, n, N)
   if teacher:
     pairs = colberter.Scores(
-      *(np.stack([x[i, i * n : (i + 1) * n] for i in range(B)]) for x in found)
+      *(jnp.stack([x[i, i * n : (i + 1) * n] for i in range(B)]) for x in found)
     )
     want = colberter.loss(pairs, data["teacher"], gates, lists).total
   else:
@@ -175,9 +180,9 @@ def test_queries_are_padded_with_masks():
   expanded = TextRules(7, False, (), True)
   loss, _ = make_loss(objective("colbert"), expanded)(m, data, None)
   queries, documents, _, mask = token_sets(m, data)
-  ids = np.where(data["query_mask"], data["query_ids"], 7)
+  ids = jnp.where(data["query_mask"], data["query_ids"], 7)
   hidden = m.encoder(ids, data["query_mask"])
-  everywhere = np.ones_like(data["query_mask"])
+  everywhere = jnp.ones_like(data["query_mask"])
   queries = colbert.encode_head(m.head, hidden, everywhere)
   scores = maxsim.maxsim(queries, documents, None, mask)
   want = losses.in_batch_cross_entropy(scores, ~data["false_negative"])
@@ -189,7 +194,9 @@ def test_skipped_words_are_not_scored():
   skip = TextRules(None, False, (6, 7, 8), True)
   loss, _ = make_loss(objective("colbert"), skip)(m, data, None)
   queries, documents, query_mask, mask = token_sets(m, data)
-  scored = mask & ~np.isin(data["document_ids"].reshape(-1, N), (6, 7, 8))
+  scored = mask & ~jnp.isin(
+    data["document_ids"].reshape(-1, N), jnp.array([6, 7, 8])
+  )
   scores = maxsim.maxsim(queries, documents, query_mask, scored)
   want = losses.in_batch_cross_entropy(scores, ~data["false_negative"])
   np.testing.assert_allclose(loss, want, rtol=1e-5)
@@ -233,6 +240,7 @@ def test_remat_and_dropout():
   assert abs(dropped - plain(m, data, None)[0]) > 1e-4
 
 
+@hook
 def test_settings_are_checked():
   with pytest.raises(ValueError, match="clusters must be given"):
     make_loss(Objective(method="crisp"), PLAIN)

@@ -5,6 +5,7 @@ import os
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -177,7 +178,7 @@ def test_features_are_hidden_states_of_the_lower_blocks(run):
   rows = colbert.tokenize(texts, prepared.checkpoint.tokenizer, length=8)
   for i, row in enumerate(rows):
     own = found.hidden[found.offsets[i] : found.offsets[i + 1]]
-    want = lower(row[None], np.ones((1, len(row)), bool))[0]
+    want = lower(jnp.asarray(row)[None], jnp.ones((1, len(row)), bool))[0]
     np.testing.assert_allclose(own, want, atol=2e-3)
   data = dataclasses.replace(
     prepared.data, document_texts=texts, query_index=[0], positives=[[2]],
@@ -206,7 +207,7 @@ def test_heads_that_are_trained(run):
   assert len(kept.layers) == 0
   made = dataclasses.replace(run, head=heads.HeadConfig(size, 5))
   head = retrieval_run.new_head(made, checkpoint, rngs=rngs)
-  assert head(np.ones((1, size), np.float32)).shape == (1, 5)
+  assert head(jnp.ones((1, size))).shape == (1, 5)
   words = dataclasses.replace(
     plain,
     objective=Objective(method="colberter"),

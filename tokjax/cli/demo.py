@@ -52,8 +52,8 @@ class DemoConfig:
   max_queries: int | None = 100  # test queries asked; None for all
   questions: tuple[str, ...] = QUESTIONS
   results: int = 3  # documents shown for each question
-  train_steps: int = 300  # updates of the head
-  train_queries: int | None = 2000  # it learns from; None for all
+  train_steps: int = 150  # updates of the head
+  train_queries: int | None = 1500  # it learns from; None for all
 
 
 def run(config: DemoConfig) -> pathlib.Path:
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> int:
       model=options.model,
       max_documents=500 if options.small else None,
       max_queries=50 if options.small else 100,
-      train_steps=50 if options.small else 300,
+      train_steps=50 if options.small else default.train_steps,
     )
   )
   return 0
