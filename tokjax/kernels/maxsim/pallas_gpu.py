@@ -204,7 +204,9 @@ def _call(
     kernel_name="maxsim_forward",
     interpret=interpret or None,
   )
-  return kernel(*operands, documents, row_valid, token_valid)
+  out = kernel(*operands, documents, row_valid, token_valid)
+  # `plgpu.kernel` forgets over which mesh axes its results vary.
+  return compat.varying_together(*out, rows)[:-1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,7 +161,8 @@ def _document_gradient(rows, met, weight, documents, *, interpret):
     kernel_name="maxsim_backward_documents",
     interpret=interpret or None,
   )
-  (gradient,) = kernel(*parts, met, weight)
+  # `plgpu.kernel` forgets over which mesh axes its results vary.
+  gradient, _ = compat.varying_together(*kernel(*parts, met, weight), documents)
   return gradient[:, :num_tokens]
 
 
