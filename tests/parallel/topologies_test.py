@@ -40,6 +40,34 @@ def test_compile_for_counts_collectives():
   assert report.collectives == {"all-reduce": 1}
 
 
+def test_steps_of_one_collective_count_once():
+  gather = (
+    "ROOT %all-gather.{} = bf16[8,4]{{1,0}} all-gather(%p), channel_id=1, "
+    'metadata={{op_name="f" stack_frame_id={}}}'
+  )
+  text = "\n".join([
+    gather.format(1, 7), gather.format(2, 7), gather.format(3, 8),
+    "%all-reduce.1 = f32[] all-reduce-start(%p), channel_id=1",
+    "%all-reduce.2 = f32[] all-reduce-start(%q), channel_id=1",
+    "%done = f32[] all-reduce-done(%all-reduce.1)",
+  ])  # fmt: skip
+  assert topologies._collectives(text) == {"all-gather": 2, "all-reduce": 2}
+
+
+def test_compile_for_takes_a_function_that_gives_arguments_away():
+  function = jax.jit(lambda x: x + 1, donate_argnums=0)
+  arg = jax.ShapeDtypeStruct((1000,), jnp.float32)
+  report = topologies.compile_for(function, [arg], devices=jax.devices())
+  assert report.alias_bytes == report.output_bytes == 4000
+  assert report.total_bytes == 4000 + report.temp_bytes
+
+
+@pytest.mark.parametrize("name", ["h100:0", "h100:many"])
+def test_devices_of_names_what_it_takes(name):
+  with pytest.raises(ValueError, match="'h100' or 'h100:8'"):
+    topologies.devices_of(name)
+
+
 def test_environment_keeps_flags_that_are_set(monkeypatch, tmp_path):
   (tmp_path / "bin").mkdir()
   (tmp_path / "bin" / "ptxas").touch()

@@ -215,3 +215,16 @@ def test_heads_that_are_trained(run):
   )
   with pytest.raises(ValueError, match="words_hidden_dim=.*encoder_width="):
     retrieval_run.new_head(words, checkpoint, rngs=rngs)
+
+
+def test_head_and_lengths_are_of_the_checkpoint_where_the_run_names_none(run):
+  kept = heads.from_matrix(np.eye(width(run.model), dtype=np.float32))
+  start = dataclasses.replace(checkpoints.load(run.model), head=kept)
+  rngs = nnx.Rngs(0)
+  bare = dataclasses.replace(run, head=None, query_length=None)
+  assert retrieval_run.new_head(bare, start, rngs=rngs) is kept
+  new = retrieval_run.new_head(run, start, rngs=rngs)
+  assert new.layers[0].kernel.shape == (32, 16)
+  text = retrieval_run.text_config(bare, start.config)
+  assert text.query_length == start.config.query_length
+  assert text.document_length == 8

@@ -1,4 +1,7 @@
-"""`tokjax compile`: builds the kernels for TPU and H100 without owning one.
+"""`tokjax compile`: builds programs for TPU and H100 without owning one.
+
+Three kinds: the kernels; the training step of a config (`compile_run`); the
+search of a corpus that is spread over devices (`compile_search`).
 
 The compilers read their settings from the environment before jax starts, and
 `import tokjax` starts jax. So each topology is compiled in a process of its
@@ -11,6 +14,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,9 +24,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from tokjax.cli import compile_fit
 from tokjax.kernels import maxsim
 from tokjax.kernels.maxsim.shapes import DIMS, SHAPES, Shape
-from tokjax.parallel import topologies
+from tokjax.parallel import data_sheets, topologies
 
 __all__ = ["PROGRAMS", "Program", "main", "programs", "roofline_us"]
 
@@ -41,19 +46,12 @@ _TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1", "h100")
 _USUAL_SHAPES = ("rerank", "batch", "patches")
 _USUAL_DIMS = (128, 48)
 
-# Peak bfloat16 FLOP/s and HBM bytes/s of one jax device, from the makers'
-# data sheets. A chip of v7x is two devices.
-_PEAKS = {
-  "v4": (275e12, 1228e9),
-  "v5e": (197e12, 819e9),
-  "v5p": (459e12, 2765e9),
-  "v6e": (918e12, 1640e9),
-  "tpu7x": (2307e12 / 2, 7380e9 / 2),
-  "h100": (989e12, 3352e9),
+# Options that belong to one kind of program.
+_OPTIONS = {
+  "kernels": ("kernels", "program", "shape", "dim", "dtype", "all"),
+  "config": ("batch_size", "encoder"),
+  "search": ("codec",),
 }
-# Passes of the matrix unit that a float32 product takes at full precision:
-# six of bfloat16 on TPU; three of tf32, each half as fast, on H100.
-_FLOAT32_PASSES = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +100,12 @@ def main(argv: list[str]) -> int:
     argv: the words after `tokjax compile`.
 
   Returns:
-    0 if everything compiled, 1 if a compiler refused something, 2 if a
-    compiler is not installed or an argument is wrong.
+    0 if everything compiled, 1 if a compiler refused something or it does not
+    fit, 2 if a compiler is not installed or an argument is wrong.
   """
-  options = _parser().parse_args(argv)
+  parser = _parser()
+  options, overrides = parser.parse_known_args(argv)
+  kind = _kind(parser, options, overrides)
   for name, known in (("shape", SHAPES), ("program", PROGRAMS)):
     for value in getattr(options, name) or ():
       if value not in known:
@@ -113,41 +113,32 @@ def main(argv: list[str]) -> int:
           f"--{name} must be one of {', '.join(known)}, got {value!r}"
         )
   if options.in_this_process:
-    return _compile_here(options)
+    return _compile_here(kind, options, overrides)
+  header, line = _HEADER, _line
+  if kind != "kernels":
+    header, line = compile_fit.HEADER, compile_fit.line
+  if options.json:
+    line = json.dumps
+  else:
+    print(header)
   code = 0
-  if not options.json:
-    print(_HEADER)
   for topology in options.topology or _TOPOLOGIES:
-    code = max(code, _compile_apart(topology, options, argv))
+    code = max(code, _compile_apart(topology, line, argv))
   return code
 
 
 def _parser():
   parser = argparse.ArgumentParser(
     prog="tokjax compile",
-    description="Compiles the kernels for TPU and H100 on this machine.",
+    description="Compiles programs for TPU and H100 on this machine: the"
+    " kernels, the training step of a config, or the search of a corpus.",
     epilog='The compilers come with: pip install -e ".[aot]"',
-  )
-  parser.add_argument(
-    "--kernels",
-    action="store_true",
-    help="compile the kernels (the default, and all there is)",
   )
   parser.add_argument(
     "--topology",
     action="append",
-    help=f"v5e:2x2, v5e:16x16, h100, ...; default: {', '.join(_TOPOLOGIES)}",
-  )
-  parser.add_argument(
-    "--program", action="append", help=f"one of {', '.join(PROGRAMS)}"
-  )
-  parser.add_argument(
-    "--shape", action="append", help=f"one of {', '.join(SHAPES)}"
-  )
-  parser.add_argument("--dim", action="append", type=int, help="width")
-  parser.add_argument("--dtype", action="append", choices=list(_DTYPES))
-  parser.add_argument(
-    "--all", action="store_true", help="every shape, width and dtype"
+    help="v5e:2x2, v5e:16x16, h100, h100:8, ...; for the kernels by default:"
+    f" {', '.join(_TOPOLOGIES)}",
   )
   parser.add_argument(
     "--json", action="store_true", help="one object a line, not a table"
@@ -155,35 +146,95 @@ def _parser():
   parser.add_argument(
     "--in-this-process", action="store_true", help=argparse.SUPPRESS
   )
+  kernels = parser.add_argument_group("kernels (if nothing else is named)")
+  kernels.add_argument(
+    "--kernels", action="store_true", help="name them all the same"
+  )
+  kernels.add_argument(
+    "--program", action="append", help=f"one of {', '.join(PROGRAMS)}"
+  )
+  kernels.add_argument(
+    "--shape", action="append", help=f"one of {', '.join(SHAPES)}"
+  )
+  kernels.add_argument("--dim", action="append", type=int, help="width")
+  kernels.add_argument("--dtype", action="append", choices=list(_DTYPES))
+  kernels.add_argument(
+    "--all", action="store_true", help="every shape, width and dtype"
+  )
+  run = parser.add_argument_group("training step")
+  run.add_argument(
+    "config",
+    nargs="?",
+    help="config file of `tokjax train`; its settings are overridden the same"
+    " way, --config.trainer.remat=...",
+  )
+  run.add_argument("--batch-size", type=int, help="queries, over all devices")
+  run.add_argument(
+    "--encoder",
+    help="a public shape (bert-base-uncased, ...) to take for the checkpoint;"
+    " by default the checkpoint itself, or its shape if it is not here",
+  )
+  search = parser.add_argument_group("search")
+  search.add_argument(
+    "--search", type=int, metavar="N", help="documents of the corpus"
+  )
+  search.add_argument(
+    "--codec", action="append", help="default: int8 and residual2"
+  )
   return parser
 
 
-def _compile_apart(topology, options, argv):
+def _kind(parser, options, overrides):
+  """Which programs are asked for; options must belong to them."""
+  if options.config and options.search:
+    parser.error("give a config or --search, not both")
+  kind = "config" if options.config else "kernels"
+  kind = "search" if options.search else kind
+  for other, names in _OPTIONS.items():
+    given = [name for name in names if getattr(options, name)]
+    if given and other != kind:
+      option = given[0].replace("_", "-")
+      parser.error(f"--{option} is for another kind of program")
+  if overrides and kind != "config":
+    parser.error(f"unknown words: {' '.join(overrides)}")
+  if kind != "kernels" and not options.topology:
+    parser.error("--topology must be given")
+  return kind
+
+
+def _compile_apart(topology, line, argv):
   """Runs this module in a process with the right environment."""
-  platform = "cuda" if topology == "h100" else "tpu"
+  platform = "cuda" if topology.startswith("h100") else "tpu"
   words = [word for word in _without(argv, "--topology") if word != "--json"]
   # Messages of the compilers go to a file, shown only if the process fails.
   with tempfile.TemporaryFile("w+") as log:
     child = subprocess.Popen(
       [sys.executable, "-m", "tokjax.cli.compile", "--in-this-process"]
       + ["--topology", topology, *words],
-      env={**os.environ, **topologies.environment(platform)},
+      env={
+        **os.environ,
+        **topologies.environment(platform),
+        "HF_HUB_OFFLINE": "1",  # shapes are wanted, no weights
+      },
       stdout=subprocess.PIPE,
       stderr=log,
       text=True,
     )
-    refused = False
-    for line in child.stdout:
-      row = json.loads(line)
-      refused |= row["state"].startswith("refused")
-      print(line.rstrip() if options.json else _line(row), flush=True)
+    good = True
+    for text in child.stdout:
+      row = json.loads(text)
+      good &= row["state"].startswith(("compiled", "not covered"))
+      print(line(row), flush=True)
     code = child.wait()
     if code:
       log.seek(0)
-      last = log.read().strip().splitlines()[-1:]
-      print(f"tokjax compile: {topology}: {' '.join(last)}", file=sys.stderr)
+      said = log.read().strip().splitlines()
+      if code != 2:  # a traceback, and notes below it
+        said = [line for line in said if re.match(r"[\w.]+Error: ", line)]
+      last = said[-1] if said else f"exit code {code}"
+      print(f"tokjax compile: {topology}: {last}", file=sys.stderr)
       return 2 if code == 2 else 1
-  return int(refused)
+  return int(not good)
 
 
 def _without(argv, option):
@@ -196,26 +247,42 @@ def _without(argv, option):
   return kept
 
 
-def _compile_here(options):
+def _compile_here(kind, options, overrides):
   topology = options.topology[0]
   try:
-    devices = (
-      topologies.h100_topology()
-      if topology == "h100"
-      else topologies.tpu_topology(topology)
-    )
+    devices = topologies.devices_of(topology)
+    for row in _rows(kind, options, overrides, topology, devices):
+      print(json.dumps(row), flush=True)
   except (ModuleNotFoundError, ValueError) as error:
-    print(error, file=sys.stderr)
+    print(" ".join(str(error).split()), file=sys.stderr)
     return 2
+  return 0
+
+
+def _rows(kind, options, overrides, topology, devices):
+  where = {"topology": topology, "devices": devices}
+  if kind == "config":  # imported here: the parent process needs none of it
+    from tokjax.cli import compile_run
+
+    if options.batch_size:
+      overrides.append(f"--config.data.batch_size={options.batch_size}")
+    return compile_run.rows(
+      options.config, overrides, encoder=options.encoder, **where
+    )
+  if kind == "search":
+    from tokjax.cli import compile_search
+
+    return compile_search.rows(
+      options.search, codecs=options.codec or compile_search.CODECS, **where
+    )
   dtypes = options.dtype or (["bf16", "f32"] if options.all else ["bf16"])
-  for program in programs(
+  chosen = programs(
     options.program or list(PROGRAMS),
     options.shape or list(SHAPES if options.all else _USUAL_SHAPES),
     options.dim or list(DIMS if options.all else _USUAL_DIMS),
     [_DTYPES[dtype] for dtype in dtypes],
-  ):
-    print(json.dumps(_compile(program, topology, devices)), flush=True)
-  return 0
+  )
+  return (_compile(program, topology, devices) for program in chosen)
 
 
 def _compile(program, topology, devices):
@@ -241,7 +308,7 @@ def _compile(program, topology, devices):
 
 def _function(program, topology, devices) -> tuple[Callable, tuple, str | None]:
   """What to compile, its arguments, and why not if it cannot be."""
-  platform = "gpu" if topology == "h100" else "tpu"
+  platform = "gpu" if topology.startswith("h100") else "tpu"
   module = importlib.import_module(f"tokjax.kernels.maxsim.pallas_{platform}")
   sharded = program.name == "sharded"
   queries, documents, *masks = _arguments(program, devices if sharded else [])
@@ -343,8 +410,8 @@ def roofline_us(
     >>> round(roofline_us(rerank, "v5e:2x2"), 1)  # 76.8 MB at 819 GB/s
     93.8
   """
-  peaks = _PEAKS.get(topology.split(":")[0])
-  if peaks is None:
+  sheet = data_sheets.find(topology)
+  if sheet is None:
     return None
   shape, itemsize = program.shape, np.dtype(program.dtype).itemsize
   itemsize = itemsize if itemsize <= 4 else 2
@@ -352,12 +419,13 @@ def roofline_us(
   products = {"backward": 2}.get(program.name, 3 if both else 1)
   flops = products * shape.flops
   if program.dtype == "float32":
-    flops *= _FLOAT32_PASSES
+    flops *= data_sheets.FLOAT32_PASSES
   document_bytes = shape.num_documents * shape.document_tokens * shape.dim
   traffic = products * document_bytes * itemsize
   if program.name == "sharded":
     flops, traffic = flops / num_devices, traffic / num_devices
-  return 1e6 * max(flops / peaks[0], traffic / peaks[1])
+  bound = data_sheets.bound(sheet, flops=flops, memory_bytes=traffic)
+  return 1e6 * max(bound)
 
 
 _HEADER = (

@@ -19,7 +19,7 @@ COMMANDS = {
   "evaluate": "ranking quality and cost on a BEIR folder or on pydocs",
   "train": "train a retriever as a config file says",
   "encode": "encode a corpus into one file of token vectors",
-  "compile": "compile the kernels for TPU and H100 without owning one",
+  "compile": "compile kernels, training and search for absent TPUs and H100s",
   "bench": "measure the hot paths on this machine against their baselines",
   "claim": "repeat the experiment behind one of our statements",
   "list": "the published systems, and which of them exist here",

@@ -8,6 +8,7 @@
 from tokjax.parallel.topologies import (
   CompileReport,
   compile_for,
+  devices_of,
   environment,
   h100_topology,
   tpu_topology,
@@ -16,6 +17,7 @@ from tokjax.parallel.topologies import (
 __all__ = [
   "CompileReport",
   "compile_for",
+  "devices_of",
   "environment",
   "h100_topology",
   "tpu_topology",

@@ -27,6 +27,7 @@ from tokjax.checks import one_of
 __all__ = [
   "CompileReport",
   "compile_for",
+  "devices_of",
   "environment",
   "h100_topology",
   "tpu_topology",
@@ -84,6 +85,18 @@ _COLLECTIVES = (
   "reduce-scatter",
 )
 
+# Custom calls in form only: buffers, annotations, starts of copies.
+_NO_KERNELS = (
+  "AllocateBuffer",
+  "AssumeGatherIndicesInBound",
+  "AsyncCollectiveDone",
+  "AsyncCollectiveStart",
+  "ConcatBitcast",
+  "GatherScatterIndicesBitpacked",
+  "PrepareAsyncCallDone",
+  "PrepareAsyncCallStart",
+)
+
 
 class CompileReport(NamedTuple):
   """What a compiler said about one program, per device.
@@ -92,20 +105,24 @@ class CompileReport(NamedTuple):
     seconds: wall time of tracing, lowering and compiling.
     argument_bytes: device memory of the arguments.
     output_bytes: device memory of the results.
+    alias_bytes: of these, what takes the place of arguments given away
+      (`donate_argnums`).
     temp_bytes: device memory in between, copies to other layouts included.
     on_chip_bytes: most vector memory a kernel uses; None where the compiler
       does not say.
-    flops: as XLA counts them, a kernel what it declares; None where the
-      compiler does not say.
+    flops: as XLA counts them, a kernel what it declares and the body of a
+      loop once; None where the compiler does not say.
     bytes_accessed: likewise.
     kernels: names of the custom calls, with how often each occurs.
-    collectives: communication operations, with how often each occurs.
+    collectives: communication operations, with how often each occurs in the
+      program; one in a loop runs more often.
     text: the optimised program.
   """
 
   seconds: float
   argument_bytes: int
   output_bytes: int
+  alias_bytes: int
   temp_bytes: int
   on_chip_bytes: int | None
   flops: float | None
@@ -113,6 +130,12 @@ class CompileReport(NamedTuple):
   kernels: Mapping[str, int]
   collectives: Mapping[str, int]
   text: str
+
+  @property
+  def total_bytes(self) -> int:
+    """Device memory of everything together."""
+    results = self.output_bytes - self.alias_bytes
+    return self.argument_bytes + results + self.temp_bytes
 
 
 def environment(platform: str) -> dict[str, str]:
@@ -173,11 +196,14 @@ def tpu_topology(name: str) -> Sequence[Any]:
   return found.devices
 
 
-def h100_topology() -> Sequence[Any]:
-  """One H100 (SXM, 80 GB), good for compiling only.
+def h100_topology(num_devices: int = 1) -> Sequence[Any]:
+  """H100 (SXM, 80 GB) of one host, good for compiling only.
+
+  Args:
+    num_devices: how many.
 
   Returns:
-    A list of one device.
+    The devices.
 
   Raises:
     ModuleNotFoundError: if the CUDA plugin is not installed.
@@ -191,8 +217,29 @@ def h100_topology() -> Sequence[Any]:
     platform="cuda",
     topology_name="",
     target_config=_H100,
-    topology="1x1x1",
+    topology=f"1x1x{num_devices}",  # slices, hosts, devices of a host
   ).devices
+
+
+def devices_of(name: str) -> Sequence[Any]:
+  """Devices of a topology by its name, TPU or H100.
+
+  Args:
+    name: "h100", "h100:8" for eight of one host, or as in `tpu_topology`.
+
+  Returns:
+    The devices.
+
+  Raises:
+    ModuleNotFoundError: if the compiler is not installed.
+    ValueError: if the name is not known.
+  """
+  kind, _, count = name.partition(":")
+  if kind != "h100":
+    return tpu_topology(name)
+  if count and not (count.isdecimal() and int(count)):
+    raise ValueError(f"topology must be 'h100' or 'h100:8', got {name!r}")
+  return h100_topology(int(count or 1))
 
 
 def compile_for(
@@ -204,7 +251,7 @@ def compile_for(
   """Compiles a function for devices that are not there, and reads the result.
 
   Args:
-    function: what to compile; it is wrapped in `jax.jit`.
+    function: what to compile. It is wrapped in `jax.jit` if it is not yet.
     args: its arguments as `jax.ShapeDtypeStruct` (or pytrees of them). Those
       without a sharding are placed on the first device.
     devices: from `tpu_topology` or `h100_topology`.
@@ -223,7 +270,8 @@ def compile_for(
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone)
 
   start = time.perf_counter()
-  compiled = jax.jit(function).lower(*jax.tree.map(place, args)).compile()
+  jitted = function if hasattr(function, "lower") else jax.jit(function)
+  compiled = jitted.lower(*jax.tree.map(place, args)).compile()
   seconds = time.perf_counter() - start
 
   text = compiled.as_text()
@@ -233,6 +281,7 @@ def compile_for(
     seconds=seconds,
     argument_bytes=memory.argument_size_in_bytes,
     output_bytes=memory.output_size_in_bytes,
+    alias_bytes=memory.alias_size_in_bytes,
     temp_bytes=memory.temp_size_in_bytes,
     on_chip_bytes=_on_chip_bytes(text),
     flops=cost.get("flops"),
@@ -252,15 +301,28 @@ def _kernels(text):
     if call:
       name, target = call.groups()
       # On TPU the instruction bears the kernel's name; elsewhere the target
-      # says most. Buffers and annotations are calls in form only.
+      # says most.
       found[name if target == "tpu_custom_call" else target] += 1
-  return {name: n for name, n in found.items() if name != "AllocateBuffer"}
+  return {name: n for name, n in found.items() if name not in _NO_KERNELS}
 
 
 def _collectives(text):
   # An asynchronous operation is a pair, "-start" and "-done": count the first.
-  pattern = rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\("
-  return dict(collections.Counter(re.findall(pattern, text)))
+  pattern = re.compile(
+    rf"(%\S+) = (\S.*?) ({'|'.join(_COLLECTIVES)})(?:-start)?\("
+  )
+  found = set()
+  for line in text.splitlines():
+    operation = pattern.search(line)
+    if operation:
+      name, result, kind = operation.groups()
+      channel = re.search(r"channel_id=\d+", line)
+      origin = re.search(r"metadata=\{.*?\}", line)
+      # One that runs beside other work is written once for each part of that
+      # work, always with the same result, channel and origin.
+      origin = origin.group() if origin else name
+      found.add((kind, result, channel and channel.group(), origin))
+  return dict(sorted(collections.Counter(kind for kind, *_ in found).items()))
 
 
 def _on_chip_bytes(text):
