@@ -218,7 +218,7 @@ def test_heads_that_are_trained(run):
 
 
 def test_head_and_lengths_are_of_the_checkpoint_where_the_run_names_none(run):
-  kept = heads.from_matrix(np.eye(width(run.model), dtype=np.float32))
+  kept = heads.from_matrix(jnp.eye(width(run.model)))
   start = dataclasses.replace(checkpoints.load(run.model), head=kept)
   rngs = nnx.Rngs(0)
   bare = dataclasses.replace(run, head=None, query_length=None)

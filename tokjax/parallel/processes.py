@@ -63,20 +63,23 @@ def initialize(
   missing = [name for name, value in given.items() if value is None]
   if 0 < len(missing) < len(given):
     raise ValueError(
-      "coordinator, num_processes and process_id go together: give all three, "
-      "or none where a cluster's environment has them; missing "
-      + ", ".join(missing)
+      f"{', '.join(given)} go together, missing {', '.join(missing)}"
     )
-  if num_processes is not None:
+  if not missing:
     checks.in_range(0, num_processes - 1, process_id=process_id)
-  jax.distributed.initialize(
-    coordinator,
-    num_processes,
-    process_id,
-    initialization_timeout=start_timeout,
-    heartbeat_timeout_seconds=heartbeat_timeout,
-    shutdown_timeout_seconds=heartbeat_timeout,
-  )
+    if not coordinator.rpartition(":")[2].isdigit():
+      raise ValueError(f"coordinator must be host:port, got {coordinator!r}")
+  try:
+    jax.distributed.initialize(
+      *given.values(),
+      initialization_timeout=start_timeout,
+      heartbeat_timeout_seconds=heartbeat_timeout,
+      shutdown_timeout_seconds=heartbeat_timeout,
+    )
+  except ValueError as error:
+    raise ValueError(
+      f"{', '.join(given)} are not all in the environment: {error}"
+    ) from error
   jax.devices()  # waits for those of the other processes
 
 
@@ -85,10 +88,10 @@ def ending_together() -> Iterator[None]:
   """Ends a process at once when the block fails, and so all of them.
 
   By itself a process that failed would wait at its exit for the others, which
-  wait for its part of a computation. Here it leaves them without a word, which
-  they notice as `initialize` says. The error is raised as it would be anyway;
-  when Python has ended, standard error gets a line about the others and the
-  exit code is 1. A single process only sees its error.
+  wait for its part of a computation. Here it leaves without waiting, and they
+  end as `initialize` says. The error is raised as it would be anyway; when
+  Python ends, standard error gets a line about the others and the exit code is
+  1. A process alone only sees its error.
 
   Example:
     >>> with ending_together():
@@ -136,11 +139,11 @@ def whole(tree: Any) -> Any:
 
 def _leave(computing: bool) -> None:
   """Says what happens to the others, and ends without jax's farewell."""
-  cause = ", maybe because another one ended" if computing else ""
+  cause = ", probably because another one died" if computing else ""
   print(
-    f"process {jax.process_index()} of {jax.process_count()} failed{cause}; "
-    "the others are stopped. Once all are started again, a run that was saved "
-    "goes on",
+    f"process {jax.process_index()} of {jax.process_count()} failed{cause}. "
+    "The others are stopped; a run that was saved goes on when all of them "
+    "are started again.",
     file=sys.stderr,
   )
   sys.stdout.flush()

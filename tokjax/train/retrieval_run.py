@@ -353,15 +353,18 @@ def train(
       sha256=None,
     )
 
+  def evaluated(model, step):
+    # Out of the loop's mesh: each process computes by itself.
+    with jax.set_mesh(None):
+      return evaluate(finished(model), step)
+
   trained = loop.train(
     model,
     late_interaction.make_loss(objective, rules),
     iter(pipeline.to_iter_dataset(_READING)),
     run.trainer,
     key=key,
-    evaluate=None
-    if evaluate is None
-    else lambda model, step: evaluate(finished(model), step),
+    evaluate=None if evaluate is None else evaluated,
     mesh=meshes.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor),
   )
   return finished(trained.state.model), trained

@@ -1,0 +1,180 @@
+"""Several processes train as one does, and end together when one fails."""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests.cli.conftest import beir, model  # noqa: F401
+from tests.train import tiny_retrieval
+from tokjax.cli import main
+from tokjax.models import checkpoints
+from tokjax.parallel import meshes
+
+ROOT = pathlib.Path(__file__).parents[2]
+NUM_DEVICES = 4  # of all processes together, and of one alone
+NUM_STEPS = 6
+
+
+@pytest.fixture
+def config(beir, model, tmp_path):  # noqa: F811
+  qrels = pathlib.Path(beir) / "qrels"
+  shutil.copy(qrels / "test.tsv", qrels / "train.tsv")
+  facts = pathlib.Path(model) / "config.json"
+  said = json.loads(facts.read_text())
+  said["hidden_dropout_prob"] = said["attention_probs_dropout_prob"] = 0.0
+  facts.write_text(json.dumps(said))  # without dropout, half the compilation
+  path = tmp_path / "tiny.py"
+  path.write_text(
+    tiny_retrieval.CONFIG.format(
+      model=model, beir=beir, width=said["hidden_size"]
+    )
+  )
+  return path
+
+
+@pytest.fixture
+def alone(config, tmp_path, monkeypatch):
+  """Folder of the same run in this process, on as many devices."""
+  devices = jax.devices()[:NUM_DEVICES]
+  mesh = functools.partial(meshes.make_mesh, devices=devices)
+  monkeypatch.setattr(meshes, "make_mesh", mesh)
+
+  tiny_retrieval.run(config, tmp_path / "alone")
+  return tmp_path / "alone"
+
+
+def start(num_processes, command):
+  """Starts the modules `command(port, i)` as processes."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  environment = {
+    **os.environ,
+    "JAX_NUM_CPU_DEVICES": str(NUM_DEVICES // num_processes),
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
+  }
+  return [
+    subprocess.Popen(
+      [sys.executable, "-m", *map(str, command(port, i))],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(num_processes)
+  ]
+
+
+def outputs(started, timeout):
+  """What each printed to its two streams, once all have ended."""
+  try:
+    return [process.communicate(timeout=timeout) for process in started]
+  finally:
+    for process in started:
+      process.kill()
+
+
+def tiny(config, folder, *options):
+  """Starts `tiny_retrieval` as two processes."""
+  name = "tests.train.tiny_retrieval"
+  return start(2, lambda port, i: (name, config, folder, port, 2, i, *options))
+
+
+def tokjax_train(config, folder, num_processes, *overrides):
+  """Starts `tokjax train`."""
+  return start(
+    num_processes,
+    lambda port, i: (
+      "tokjax.cli.main", "train", config, "--out", folder, "--coordinator",
+      f"localhost:{port}", "--num-processes", num_processes, "--process-id", i,
+      *overrides,
+    ),
+  )  # fmt: skip
+
+
+def assert_same_run(got, want):
+  """Equal losses of every step, and models that compute the same."""
+  rows = [rows_of(folder) for folder in (got, want)]
+  losses = [[x["loss"] for x in found if "loss" in x] for found in rows]
+  assert len(losses[1]) == NUM_STEPS and min(losses[1]) < losses[1][0] - 0.1
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+  # Not the parameters themselves: the bias of attention's keys has a gradient
+  # of rounding errors, which Adam scales to whole steps.
+  got, want = (
+    tiny_retrieval.encode(checkpoints.load(str(folder / "model")))
+    for folder in (got, want)
+  )
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def rows_of(folder):
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  steps = [row["step"] for row in rows if "loss" in row]
+  assert steps == list(range(1, NUM_STEPS + 1))
+  return rows
+
+
+def test_two_processes_equal_one(config, alone, tmp_path):
+  """Parameters are cut over devices of both."""
+  out = tmp_path / "two"
+  started = tiny(config, out, "--config.mesh.fsdp=4")
+  ended = outputs(started, timeout=200)
+  assert [process.returncode for process in started] == [0, 0], ended
+  assert_same_run(out, alone)
+  (first, _), (second, _) = ended
+  assert first.count("step 6/6  loss") == 1 and "step" not in second
+  # Each has the whole model for itself.
+  sums = [float(text.split("sum ")[-1]) for text in (first, second)]
+  np.testing.assert_allclose(sums, rows_of(alone)[-1]["eval/sum"], rtol=1e-4)
+
+
+def test_four_processes_equal_one(config, alone, tmp_path):
+  out = tmp_path / "four"
+  started = tokjax_train(config, out, 4, "--config.mesh.fsdp=2")
+  ended = outputs(started, timeout=200)
+  assert [process.returncode for process in started] == [0] * 4, ended
+  assert_same_run(out, alone)
+  assert json.loads((out / "run.json").read_text())["devices"][1] == NUM_DEVICES
+  said = [text.count(str(out / "model")) for text, _ in ended]
+  assert said == [1, 0, 0, 0]  # the first speaks for all
+
+
+def test_one_is_killed_the_other_ends_and_both_resume(config, alone, tmp_path):
+  out = tmp_path / "run"
+  first, second = started = tiny(config, out, "--kill_at=5")
+  try:
+    assert second.wait(timeout=200) == -signal.SIGKILL
+    killed = time.monotonic()
+  finally:
+    (output, errors), _ = outputs(started, timeout=60)
+  assert time.monotonic() - killed < 30  # heartbeats stay away for 10 s
+  assert first.returncode != 0
+  # jax stops it, unless the closed connection is an error in Python before.
+  assert re.search("another (task|one) died", errors)
+  assert "step 5/6" in output and "step 6/6" not in output
+  started = tokjax_train(config, out, 2)
+  ended = outputs(started, timeout=200)
+  assert [process.returncode for process in started] == [0, 0], ended
+  output = ended[0][0]
+  assert "step 6/6" in output and "step 2/6" not in output
+  assert_same_run(out, alone)
+
+
+def test_the_place_of_a_process_is_given_whole_or_not_at_all(config, capsys):
+  words = ["train", str(config), "--out", "unused", "--num-processes", "2"]
+  assert main.main(words) == 2
+  assert "missing coordinator, process_id" in capsys.readouterr().err
