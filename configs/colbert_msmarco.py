@@ -28,6 +28,9 @@ def get_config(arg: str = "msmarco") -> RetrievalRun:
     model="google-bert/bert-base-uncased",
     query_length=32,
     document_length=180,
+    query_marker="[unused0]",
+    document_marker="[unused1]",
+    expand_queries=True,
     objective=Objective(method="colbert"),
     head=HeadConfig(input_dim=768, output_dim=128),
     data=DataConfig(

@@ -2,6 +2,9 @@
 
     tokjax train configs/colbert_pydocs.py --out runs/colbert_pydocs
 
+With `--config.evaluation.split=validation --config.trainer.evaluate_every=100`
+the ranking of other questions is measured on the way.
+
 Two cores, some two minutes of training after one of encoding; what such a
 short run reaches is recorded in `configs/claims/`.
 """

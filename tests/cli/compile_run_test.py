@@ -143,6 +143,16 @@ def test_step_compiles_for_eight_cpu_devices(run, tmp_path):
     )
 
 
+def test_masks_and_markers_need_no_checkpoint():
+  run = RetrievalRun(
+    model="google-bert/bert-base-uncased", query_length=32,
+    query_marker="[unused0]", expand_queries=True,
+    head=heads.HeadConfig(input_dim=768, output_dim=128),
+  )  # fmt: skip
+  step = compile_run.training_step(run, jax.devices()[:1])
+  assert step.args[1]["query_ids"].shape == (32, 32)
+
+
 def test_work_of_a_step_is_that_of_the_formula(run):
   run = dataclasses.replace(
     run,
@@ -163,7 +173,9 @@ def test_work_of_a_step_is_that_of_the_formula(run):
   assert parameters == pytest.approx(109e6, rel=0.01)
   assert step.work["link_bytes"] == 4 * (parameters + 32 * 180 * 128)
   assert step.work["memory_bytes"] == pytest.approx(2 * 12 * parameters)
-  again = dataclasses.replace(run, objective=Objective(remat_encoder=True))
+  again = dataclasses.replace(
+    run, objective=Objective(remat_encoder="dots_saveable")
+  )
   step = compile_run.training_step(again, devices, encoder="bert-base-uncased")
   assert step.work["flops"] == 4 * encoder + 3 * 6 * scores
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tokjax.cli import main, train
+from tokjax.cli import evaluate, main, train
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 CONFIG = """
@@ -52,6 +52,66 @@ def test_trains_saves_and_is_indexed(config, beir, tmp_path, capsys):
   assert "d0" in capsys.readouterr().out
   # Called again it has nothing left to do, and says where the model is.
   assert main.main(words) == 0
+
+
+def test_ranking_is_measured_on_the_way(config, beir, tmp_path, capsys):
+  qrels = pathlib.Path(beir) / "qrels"
+  # Answered by the document that has the word once, not by that of the query.
+  lines = [f"q{i}\td{i + 1}\t1" for i in range(9)]
+  header = "query-id\tcorpus-id\tscore"
+  (qrels / "dev.tsv").write_text("\n".join([header, *lines]) + "\n")
+  out = tmp_path / "run"
+  words = [
+    "train", config, "--out", str(out), "--config.trainer.num_steps=5",
+    "--config.trainer.evaluate_every=2", "--config.trainer.tensorboard=true",
+    "--config.evaluation.split=dev", "--config.evaluation.num_queries=4",
+    "--config.evaluation.metrics=('nDCG@10', 'R@5')",
+  ]  # fmt: skip
+  assert main.main(words) == 0
+  rows = list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
+  rows = {row["step"]: row for row in rows if "loss" not in row}
+  assert list(rows) == [2, 4, 5]
+  names = {"step", "eval/nDCG@10", "eval/R@5"}
+  assert all(set(row) == names for row in rows.values())
+  assert f"step 5/5  eval/nDCG@10 {rows[5]['eval/nDCG@10']:.4g}  eval/R@5" in (
+    capsys.readouterr().out
+  )
+  # The last row is of the model that was saved: the same by other means.
+  config = evaluate.EvaluateConfig(
+    dataset=beir, split="dev", model=str(out / "model"), max_queries=4,
+    methods=("maxsim",), metrics=("nDCG@10", "R@5"), codec="float32",
+  )  # fmt: skip
+  (want,) = evaluate.measure(config, evaluate.encode(config, progress=False))
+  assert 0 < want.metrics["nDCG@10"] < 1
+  for name, value in want.metrics.items():
+    assert rows[5][f"eval/{name}"] == pytest.approx(value, abs=1e-6)
+  written = b"".join(p.read_bytes() for p in (out / "tensorboard").iterdir())
+  assert b"eval/nDCG" in written
+
+
+def test_evaluation_settings_that_do_not_fit(config):
+  def refused(*words):
+    words = [f"--config.{word}" for word in words]
+    found = train.settings(config, ["--config.trainer.folder=x", *words])
+    with pytest.raises(ValueError) as error:
+      train.run(found)
+    return str(error.value)
+
+  assert "split must name a split" in refused("trainer.evaluate_every=2")
+  triples = ("evaluation.split=dev", "data.dataset=a/examples.json")
+  assert "config.evaluation.dataset must name a folder" in refused(*triples)
+  metric = ("evaluation.split=test", "evaluation.metrics=('NDCG',)")
+  assert "metrics must be of the form" in refused(*metric)
+  assert not pathlib.Path("x").exists()
+  with pytest.raises(ValueError, match="--out or config.trainer.folder must"):
+    train.run(train.settings(config, ["--config.trainer.folder=gs://b/run"]))
+
+
+def test_text_settings_are_overridden(config):
+  words = ["query_marker=[Q]", "expand_queries=true", "document_marker="]
+  found = train.settings(config, [f"--config.{word}" for word in words])
+  assert (found.query_marker, found.document_marker) == ("[Q]", "")
+  assert found.expand_queries is True and found.attend_to_expansion is None
 
 
 def test_settings_name_what_is_wrong(config):

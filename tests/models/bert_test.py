@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import os
@@ -148,6 +149,53 @@ def test_dropout_only_with_a_key():
   np.testing.assert_allclose(
     still(ids, key=jax.random.key(0)), still(ids), atol=1e-6
   )
+
+
+POLICIES = jax.checkpoint_policies
+
+
+@pytest.mark.parametrize("part", ["whole", "layers"])
+@pytest.mark.parametrize(
+  "policy", ["nothing_saveable", "dots_with_no_batch_dims_saveable"]
+)
+def test_remat_gives_the_same_gradient(policy, part):
+  encoder = tiny()
+  ids = jax.random.randint(jax.random.key(0), (3, 7), 0, 30)
+  mask = jnp.arange(7)[None] < jnp.array([7, 3, 5])[:, None]
+  if part == "layers":
+    ids, encoder = encoder(ids, mask), bert.split(encoder, 1)[1]
+
+  def loss(encoder, key, remat):
+    return jnp.sum(jnp.sin(encoder(ids, mask, key=key, remat=remat)))
+
+  for key in (None, jax.random.key(1)):
+    with jax.debug_key_reuse(False):  # the same dropout twice is the point
+      want, got = (
+        jax.jit(jax.grad(loss), static_argnums=2)(encoder, key, remat)
+        for remat in (None, getattr(POLICIES, policy))
+      )
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+      np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
+def test_remat_of_blocks_holds_one_block_at_a_time():
+  """Encoding all again holds all twelve at once when the way back begins."""
+  config = dataclasses.replace(CONFIG, num_layers=12, max_positions=64)
+  ids = jnp.zeros((16, 64), jnp.int32)
+
+  def scratch(remat=None, whole=False):
+    def encode(encoder):
+      return encoder(ids, remat=remat)
+
+    if whole:
+      encode = jax.checkpoint(encode, policy=POLICIES.nothing_saveable)
+    gradient = jax.grad(lambda encoder: jnp.sum(encode(encoder) ** 2))
+    compiled = jax.jit(gradient).lower(tiny(config)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  plain = scratch()
+  assert scratch(POLICIES.nothing_saveable) < plain / 4
+  assert scratch(whole=True) > plain / 2
 
 
 def test_bfloat16_weights_compute_in_bfloat16_near_float32():

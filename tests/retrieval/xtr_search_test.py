@@ -276,16 +276,19 @@ def test_rows_that_fill_a_page_take_no_place():
   np.testing.assert_allclose(scores, [[1, 0.8, 0, -np.inf]], rtol=1e-6)
 
 
-def test_only_the_end_of_a_document_can_be_filling():
-  """Twins of the first token count unless they end the document."""
+@pytest.mark.parametrize("page_size", [1, 2, 4, 16])
+def test_twins_of_the_first_token_are_tokens(page_size):
+  """At the end of a document too, where copies of it fill the page."""
   a, b = [1, 0], [0.6, 0.8]
   tokens = np.array([a, a, b, a, b, a, a], np.float32)
-  index = token_index.build(tokens, np.array([0, 5, 7]), page_size=4)
+  offsets = np.array([0, 5, 7])
+  index = token_index.build(tokens, offsets, page_size=page_size)
+  assert index.num_tokens.tolist() == [5, 2]
   documents, scores = token_retrieval.nearest_tokens(
     index, jnp.array([[1.0, 0.0]]), 7
   )
-  assert documents.tolist() == [[0, 0, 0, 1, 0, 0, -1]]
-  np.testing.assert_allclose(scores[0, :6], [1, 1, 1, 1, 0.6, 0.6], rtol=1e-6)
+  assert documents.tolist() == [[0, 0, 0, 1, 1, 0, 0]]
+  np.testing.assert_allclose(scores[0], 5 * [1] + 2 * [0.6], rtol=1e-6)
 
 
 @pytest.mark.parametrize("k_prime", [3, 100_000])

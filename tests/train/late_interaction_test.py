@@ -2,10 +2,12 @@
 
 import dataclasses
 import os
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -14,6 +16,7 @@ from tokjax.models import bert
 from tokjax.parallel import meshes
 from tokjax.retrieval import colbert, colberter, crisp, heads, losses, xtr
 from tokjax.train import late_interaction
+from tokjax.train import step as steps
 from tokjax.train.late_interaction import (
   METHODS,
   LateInteraction,
@@ -148,8 +151,11 @@ def test_colberter_loss_is_made_of_its_parts(teacher):
   np.testing.assert_allclose(loss, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("parts", [1, 2])  # of the documents of a device
 @pytest.mark.parametrize("method", METHODS)
-def test_eight_devices_equal_one(method):
+def test_eight_devices_equal_one(method, parts, monkeypatch):
+  if parts > 1:  # each holds two documents, which come one by one
+    monkeypatch.setattr(late_interaction, "_GATHERED_BYTES", 1)
   data, m = batch(teacher=method == "colberter"), model(method)
   loss_fn = make_loss(objective(method), PLAIN)
   function = jax.value_and_grad(loss_fn, has_aux=True)
@@ -158,7 +164,13 @@ def test_eight_devices_equal_one(method):
   with jax.set_mesh(mesh):
     shards = meshes.shard_batch(data, mesh)
     whole = jax.device_put(m, jax.NamedSharding(mesh, jax.P()))
-    (got, _), gradient = jax.jit(function)(whole, shards, None)
+    compiled = jax.jit(function).lower(whole, shards, None).compile()
+    (got, _), gradient = compiled(whole, shards, None)
+  gathered = re.findall(
+    r"= f32\[(\d+),\d+,\d+\]\S* all-gather\(", compiled.as_text()
+  )
+  whole_pool = parts == 1 or method == "xtr"
+  assert set(gathered) == {str(B * n if whole_pool else B)}
   np.testing.assert_allclose(got, want, rtol=1e-5)
   for g, w in zip(
     jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True
@@ -225,10 +237,25 @@ def test_hidden_states_stand_for_frozen_blocks():
     )
 
 
-def test_remat_and_dropout():
+@pytest.mark.parametrize("method", METHODS)
+def test_microbatches_are_refused(method):
+  """Their queries would meet their own documents only: another loss."""
+  loss_fn, sgd = make_loss(objective(method), PLAIN), optax.sgd(0.1)
+  state = steps.init_state(jax.random.key(0), model(method), sgd)
+  step = steps.make_step(loss_fn, sgd, num_microbatches=2)
+  with pytest.raises(
+    ValueError,
+    match=r"false_negative must have shape \(4, 8\), got \(4, 16\): .*"
+    "num_microbatches to 1 .*gradient_cache",
+  ):
+    step(state, batch())
+
+
+@pytest.mark.parametrize("policy", steps.REMAT)
+def test_remat_and_dropout(policy):
   data, m = batch(), model()
   plain = make_loss(objective("colbert"), PLAIN)
-  again = make_loss(objective("colbert", remat_encoder=True), PLAIN)
+  again = make_loss(objective("colbert", remat_encoder=policy), PLAIN)
   with jax.debug_key_reuse(False):  # the same masks twice are the point
     one, two = (
       jax.jit(jax.grad(lambda m, f=f: f(m, data, jax.random.key(0))[0]))(m)
@@ -244,6 +271,8 @@ def test_remat_and_dropout():
 def test_settings_are_checked():
   with pytest.raises(ValueError, match="clusters must be given"):
     make_loss(Objective(method="crisp"), PLAIN)
+  with pytest.raises(ValueError, match="remat must be one of .*, got True"):
+    make_loss(Objective(remat_encoder=True), PLAIN)
   with pytest.raises(ValueError, match="method must be one of"):
     make_loss(dataclasses.replace(Objective(), method="bm25"), PLAIN)
   config = dataclasses.replace(colbert.ColbertConfig(), score_specials=False)

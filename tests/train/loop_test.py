@@ -312,6 +312,13 @@ def test_bad_settings_are_named(changes, message):
     tiny_run.run(**settings)
 
 
+def test_a_bucket_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="folder must be a path in a file sys"):
+    tiny_run.run(3, "gs://bucket/run")
+  assert not list(tmp_path.iterdir())
+
+
 def test_another_model_in_the_folder_is_an_error(tmp_path):
   tiny_run.run(2, tmp_path)
   with pytest.raises(ValueError, match="checkpoints/2 does not fit: lacks"):

@@ -13,9 +13,10 @@ from flax import nnx
 from tests.cli.conftest import beir, model  # noqa: F401
 from tokjax.data import batches
 from tokjax.eval import runs
-from tokjax.models import bert, checkpoints
-from tokjax.retrieval import colbert, colberter, crisp, heads
-from tokjax.train import features, loop, retrieval_run
+from tokjax.kernels import maxsim
+from tokjax.models import bert, checkpoints, saving
+from tokjax.retrieval import colbert, colberter, crisp, heads, losses
+from tokjax.train import features, late_interaction, loop, retrieval_run
 from tokjax.train.late_interaction import LateInteraction, Objective
 from tokjax.train.optimizer import OptimizerConfig
 from tokjax.train.retrieval_run import DataConfig, RetrievalRun
@@ -215,6 +216,81 @@ def test_heads_that_are_trained(run):
   )
   with pytest.raises(ValueError, match="words_hidden_dim=.*encoder_width="):
     retrieval_run.new_head(words, checkpoint, rngs=rngs)
+
+
+MARKED = dict(
+  query_length=6, query_marker="wing", document_marker="heat",
+  expand_queries=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("attend", [False, True])
+def test_markers_and_masks_are_those_of_the_saved_model(run, tmp_path, attend):
+  """What training compared is what the saved model encodes."""
+  run = dataclasses.replace(
+    run,
+    head=dataclasses.replace(run.head, input_dim=width(run.model)),
+    trainer=dataclasses.replace(run.trainer, num_steps=2),
+    attend_to_expansion=attend,
+    **MARKED,
+  )
+  prepared = retrieval_run.prepare(run, progress=False)
+  done, trained = retrieval_run.train(run, prepared)
+  saving.save(tmp_path / "saved", done)
+  saved = checkpoints.load(str(tmp_path / "saved"))
+  assert saved.config == prepared.checkpoint.config
+  assert saved.config.query_marker == "wing" and saved.config.expand_queries
+  parts = (saved.tokenizer, saved.encoder, saved.head, saved.config)
+  queries = colbert.encode_queries(prepared.data.query_texts, *parts)
+  documents = colbert.encode_documents(
+    prepared.data.document_texts, *parts, progress=False
+  )
+  assert queries.mask.all() and queries.mask.shape[1] == 6
+  lengths = np.diff(documents.offsets)
+  mask = np.arange(lengths.max()) < lengths[:, None]
+  tokens = np.zeros((*mask.shape, documents.tokens.shape[1]), np.float32)
+  tokens[mask] = documents.tokens
+  scores = maxsim.maxsim(
+    *map(jnp.asarray, (queries.tokens, tokens)), None, jnp.asarray(mask)
+  )
+  pipeline = batches.build(
+    prepared.data, saved.tokenizer, saved.config, batch_size=8, seed=0, bucket=8
+  )
+  batch = jax.tree.map(jnp.asarray, pipeline[0])
+  columns = batch["document_index"].reshape(-1)
+  want = losses.in_batch_cross_entropy(
+    scores[batch["query_index"]][:, columns], ~batch["false_negative"]
+  )
+  rules = late_interaction.text_rules(saved.config, saved.tokenizer)
+  loss_fn = late_interaction.make_loss(run.objective, rules)
+  got, _ = loss_fn(trained.state.model, batch, None)
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+  plain = dataclasses.replace(saved.config, expand_queries=False)
+  rules = late_interaction.text_rules(plain, saved.tokenizer)
+  other = late_interaction.make_loss(run.objective, rules)
+  assert abs(other(trained.state.model, batch, None)[0] - want) > 1e-3
+
+
+def test_texts_are_read_as_the_run_says():
+  config = colbert.ColbertConfig()
+  assert retrieval_run.text_config(RetrievalRun(), config) == config
+  none = RetrievalRun(query_marker="", document_marker="", expand_queries=False)
+  found = retrieval_run.text_config(none, config)
+  assert (found.query_marker, found.document_marker) == (None, None)
+  assert not found.expand_queries and found.skip_words == config.skip_words
+  words = dataclasses.replace(none, objective=Objective(method="colberter"))
+  with pytest.raises(ValueError, match="document_marker must be None for"):
+    retrieval_run.text_config(words, config)
+
+
+def test_what_was_prepared_is_of_the_texts_of_the_run(run):
+  prepared = retrieval_run.prepare(run, progress=False)
+  other = dataclasses.replace(run, query_marker="wing")
+  with pytest.raises(ValueError, match="prepared must be of the texts of the"):
+    retrieval_run.train(other, prepared)
+  unknown = dataclasses.replace(run, query_marker="[Q]")
+  with pytest.raises(ValueError, match="'\\[Q\\]' is not in the vocabulary"):
+    retrieval_run.train(unknown)
 
 
 def test_head_and_lengths_are_of_the_checkpoint_where_the_run_names_none(run):

@@ -277,6 +277,14 @@ def test_remat_changes_the_work_and_not_the_result(remat):
   assert more == (remat == "nothing_saveable")
 
 
+def test_policies_go_by_their_names():
+  for name in steps.REMAT:
+    assert steps.remat_policy(name) is getattr(jax.checkpoint_policies, name)
+  assert steps.remat_policy(None) is None
+  with pytest.raises(ValueError, match="remat must be one of .*, got 'all'"):
+    steps.remat_policy("all")
+
+
 def test_cached_gradient_is_a_loss_with_a_gradient_of_its_own():
   """A contrastive loss in pieces, through `jax.custom_vjp`."""
 

@@ -1,6 +1,7 @@
 """Retrievers trained side by side on one data set: quality against bytes.
 
-    python -m tokjax.benchmarks.trained_retrieval --seeds 0 1 2 --out rows.jsonl
+    tokjax bench trained_retrieval --seeds 0 1 2 --out rows.jsonl
+    tokjax bench trained_retrieval --seeds --out rows.jsonl --plot pareto.svg
 
 All start from the same sentence encoder, see the same queries for the same
 number of steps, and are asked the same test queries. The encoder is frozen
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 
 from tokjax import checks
+from tokjax.benchmarks import pareto
 from tokjax.cli import evaluate
 from tokjax.data import retrieval_set
 from tokjax.eval import runs
@@ -433,7 +435,7 @@ def main(argv: list[str] | None = None) -> None:
   add = parser.add_argument
   add("--dataset", default=default.dataset)
   add("--variants", default=",".join(VARIANTS))
-  add("--seeds", type=int, nargs="*", default=[0])
+  add("--seeds", type=int, nargs="*", default=[0], help="none measures none")
   add("--steps", type=int, default=default.num_steps)
   add("--document-length", type=int, default=default.document_length)
   add("--frozen-layers", type=int, default=default.frozen_layers)
@@ -441,7 +443,10 @@ def main(argv: list[str] | None = None) -> None:
   add("--max-documents", type=int, default=default.max_documents)
   add("--max-queries", type=int, default=default.max_queries)
   add("--out", help="file to append JSON lines to")
+  add("--plot", help="draws the rows of --out: a file .svg or .png")
   options = parser.parse_args(argv)
+  if options.plot and not options.out:
+    parser.error("--plot needs --out, whose rows it draws")
   for seed in options.seeds:
     config = TrainedConfig(
       dataset=options.dataset,
@@ -461,6 +466,8 @@ def main(argv: list[str] | None = None) -> None:
           line = {"name": name, **dataclasses.asdict(row)}
           line["config"] = dataclasses.asdict(config)
           file.write(json.dumps(line) + "\n")
+  if options.plot:
+    pareto.plot(pareto.read(options.out), options.plot)
 
 
 if __name__ == "__main__":

@@ -210,11 +210,11 @@ def abstract_checkpoint(
         ) from None
   checks.one_of(tuple(ENCODERS), encoder=encoder)
   config = ENCODERS[encoder]
-  no_words = tokenizers.models.WordLevel({"[UNK]": 0}, "[UNK]")
+  no_words = tokenizers.models.WordLevel({"[UNK]": 0, "[MASK]": 1}, "[UNK]")
   return checkpoints.Checkpoint(
     encoder=jax.eval_shape(lambda: bert.Bert(config, rngs=nnx.Rngs(0))),
     head=None,
-    tokenizer=tokenizers.Tokenizer(no_words),  # zero-shot texts look up none
+    tokenizer=tokenizers.Tokenizer(no_words),  # no other word is looked up
     config=colbert.ColbertConfig.zero_shot(min(256, config.max_positions)),
   )
 
@@ -299,7 +299,7 @@ def _work(run, text, config, state, mesh, token_width):
     * (8 * width**2 + 4 * width * config.mlp_width + 4 * length * width)
     for count, length in texts
   )  # fmt: skip
-  again = run.objective.remat_encoder or run.trainer.remat is not None
+  again = (run.objective.remat_encoder, run.trainer.remat) != (None, None)
   flops = encoder_flops * (4 if again else 3)
   itemsize = jnp.dtype(run.trainer.compute_dtype).itemsize
   num_parameters = sum(x.size for x in jax.tree.leaves(state.model))

@@ -178,6 +178,7 @@ def abstract_index(
     payload=encoded(tokens, num_pages * small.page_size),
     first_page=stacked(largest),
     num_pages=stacked(largest),
+    num_tokens=stacked(largest),
     page_rank=stacked(num_pages),
     live=stacked(largest, dtype=bool),
     block_start=stacked(num_blocks + 1),

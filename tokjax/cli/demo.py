@@ -21,7 +21,8 @@ import numpy as np
 from rich.console import Console
 
 import tokjax
-from tokjax.cli import evaluate, files, index, report
+from tokjax import files
+from tokjax.cli import evaluate, index, report
 from tokjax.data import pydocs, training_set
 from tokjax.eval import comparison
 from tokjax.kernels import maxsim

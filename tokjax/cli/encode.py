@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from tokjax.cli import files
+from tokjax import files
 from tokjax.cli.evaluate import DEFAULT_MODEL
 from tokjax.data import corpus
 from tokjax.models import checkpoints, json_settings

@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from tokjax.cli import files  # noqa: E402
+from tokjax import files  # noqa: E402
 
 __all__ = ["Answer", "Method", "Report", "Span", "write_report"]
 

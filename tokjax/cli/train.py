@@ -17,16 +17,20 @@ from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 import tokjax
-from tokjax.cli import files
+from tokjax import files
+from tokjax.cli import evaluate
 from tokjax.models import saving
 from tokjax.parallel import processes
-from tokjax.train import retrieval_run
+from tokjax.train import ranking_evaluation, retrieval_run
 
 __all__ = ["main", "run", "settings"]
 
 _OVERRIDES = """\
 settings are overridden by name:
   tokjax train configs/colbert_pydocs.py --config.trainer.num_steps=100
+
+Ranking quality on other queries, every 100 steps and at the end:
+  --config.evaluation.split=validation --config.trainer.evaluate_every=100
 
 Called again with the same folder, a run that was stopped goes on.
 """
@@ -66,17 +70,21 @@ def run(config: retrieval_run.RetrievalRun) -> pathlib.Path:
   """Trains and saves; with several processes, each of them must call it.
 
   Args:
-    config: the run; its trainer needs a folder.
+    config: the run; its trainer needs a folder. With `evaluation.split` the
+      ranking metrics of that split are measured as well.
 
   Returns:
     The folder of the model.
 
   Raises:
-    ValueError: for settings that do not fit.
+    ValueError: for settings that do not fit, or a folder in a bucket.
   """
   if not config.trainer.folder:
     raise ValueError("config.trainer.folder must name a folder, got ''")
-  folder = pathlib.Path(config.trainer.folder)
+  folder = files.local_folder(
+    **{"--out or config.trainer.folder": config.trainer.folder}
+  )
+  asked = _evaluator(config)
   folder.mkdir(parents=True, exist_ok=True)
   record = {
     "config": dataclasses.asdict(config),
@@ -87,7 +95,7 @@ def run(config: retrieval_run.RetrievalRun) -> pathlib.Path:
   if first:
     with files.replacing(folder / "run.json") as aside:
       aside.write_text(json.dumps(record, indent=1))
-  checkpoint, trained = retrieval_run.train(config)
+  checkpoint, trained = retrieval_run.train(config, evaluate=asked)
   if trained.preempted:
     if first:
       print(f"stopped and saved in {folder}; call again to go on", flush=True)
@@ -138,6 +146,38 @@ def main(argv: list[str]) -> int:
   if jax.process_index() == 0:
     print(folder)
   return 0
+
+
+def _evaluator(config):
+  """What measures the ranking during training; None where nothing is asked."""
+  asked = config.evaluation
+  if not asked.split:
+    if config.trainer.evaluate_every:
+      raise ValueError(
+        "config.evaluation.split must name a split, such as 'validation', for "
+        f"evaluate_every={config.trainer.evaluate_every}, got ''"
+      )
+    return None
+  dataset = asked.dataset or config.data.dataset
+  if dataset.endswith(retrieval_run.TRIPLES):
+    raise ValueError(
+      "config.evaluation.dataset must name a folder in BEIR layout or pydocs, "
+      f"got {dataset!r}"
+    )
+  if config.words is not None and config.words.exact_match:
+    raise ValueError(
+      "config.words.exact_match must be False for config.evaluation: an index "
+      "holds no words to match"
+    )
+  found = evaluate.load(
+    evaluate.EvaluateConfig(
+      dataset=dataset,
+      split=asked.split,
+      max_documents=asked.num_documents,
+      max_queries=asked.num_queries,
+    )
+  )
+  return ranking_evaluation.evaluator(found, metrics=asked.metrics)
 
 
 def _join(options):

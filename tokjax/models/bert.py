@@ -10,6 +10,7 @@ The module is a plain pytree: hand it to `jax.jit`, `jax.grad`, optax, orbax.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ __all__ = [
   "join",
   "split",
 ]
+
+# What a block keeps: a function of `jax.checkpoint_policies`.
+Policy = Callable[..., Any]
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -105,6 +109,7 @@ class Bert(nnx.Module):
     segments: Int[Array, "B N"] | None = None,
     *,
     key: Key[Array, ""] | None = None,
+    remat: Policy | None = None,
   ) -> Float[Array, "B N h"]:
     """Last hidden state of every position.
 
@@ -117,6 +122,9 @@ class Bert(nnx.Module):
         gives finite numbers without meaning.
       segments: segment ids; None for segment 0 everywhere.
       key: draws the dropout masks; None is deterministic (no dropout).
+      remat: what each block keeps for the backward pass beside its input, of
+        `jax.checkpoint_policies`; it computes the rest once more. None keeps
+        all it needs.
 
     Returns:
       Hidden states in the dtype of the parameters.
@@ -129,7 +137,7 @@ class Bert(nnx.Module):
     if key is not None:
       key, drop = jax.random.split(key)
       x = self.dropout(x, deterministic=False, rngs=drop)
-    return _run(self.blocks, self.config, x, attention_mask, key)
+    return _run(self.blocks, self.config, x, attention_mask, key, remat)
 
   def _embed(self, ids, attention_mask, segments):
     checks.has_rank(2, ids=ids)
@@ -182,6 +190,7 @@ class Layers(nnx.Module):
     attention_mask: Bool[Array, "B N"] | None = None,
     *,
     key: Key[Array, ""] | None = None,
+    remat: Policy | None = None,
   ) -> Float[Array, "B N h"]:
     """Last hidden states from those that the blocks below gave.
 
@@ -189,12 +198,13 @@ class Layers(nnx.Module):
       x: hidden states, any float dtype; computed in that of the parameters.
       attention_mask: as in `Bert`.
       key: as in `Bert`.
+      remat: as in `Bert`.
 
     Returns:
       Hidden states in the dtype of the parameters.
     """
     x = x.astype(self.blocks.qkv.kernel[...].dtype)
-    return _run(self.blocks, self.config, x, attention_mask, key)
+    return _run(self.blocks, self.config, x, attention_mask, key, remat)
 
 
 def split(encoder: Bert, num_lower: int) -> tuple[Bert, Layers]:
@@ -347,7 +357,7 @@ def gelu(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
   return (wide * 0.5 * (1 + jax.lax.erf(wide * 2**-0.5))).astype(x.dtype)
 
 
-def _run(blocks, config, x, attention_mask, key):
+def _run(blocks, config, x, attention_mask, key, remat):
   """Applies stacked blocks, one after the other."""
   keys = None if key is None else jax.random.split(key, config.num_layers)
 
@@ -355,6 +365,9 @@ def _run(blocks, config, x, attention_mask, key):
     block, key = layer
     return block(x, attention_mask, key=key), None
 
+  if remat is not None:
+    # In a scan the compiler cannot undo it by sharing with the forward pass.
+    step = jax.checkpoint(step, policy=remat, prevent_cse=False)
   return jax.lax.scan(step, x, (blocks, keys))[0]
 
 

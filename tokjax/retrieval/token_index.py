@@ -64,6 +64,7 @@ class Candidates:
     "payload",
     "first_page",
     "num_pages",
+    "num_tokens",
     "page_rank",
     "live",
     "block_start",
@@ -82,6 +83,8 @@ class TokenIndex:
     payload: the stored rows; the leading axis is pages times `page_size`.
     first_page: first page of each document, int32[Nd].
     num_pages: pages of each document, int32[Nd]; 0 for one without tokens.
+    num_tokens: tokens of each document, int32[Nd]; later rows of its last page
+      repeat the first.
     page_rank: position of each page within its document, int32[pages].
     live: False for deleted documents, which are never returned, bool[Nd].
     block_start: first document of each block of the exact scan, then Nd.
@@ -96,6 +99,7 @@ class TokenIndex:
   payload: dict[str, Any]
   first_page: Any
   num_pages: Any
+  num_tokens: Any
   page_rank: Any
   live: Any
   block_start: Any
@@ -227,6 +231,7 @@ def from_payload(
     payload={n: jnp.asarray(np.asarray(x)[rows]) for n, x in payload.items()},
     first_page=jnp.asarray(first_page, jnp.int32),
     num_pages=jnp.asarray(num_pages, jnp.int32),
+    num_tokens=jnp.asarray(lengths, jnp.int32),
     page_rank=jnp.asarray(np.pad(rank, (0, block_pages)), jnp.int32),
     live=jnp.asarray(live, bool),
     block_start=jnp.asarray(block_start, jnp.int32),

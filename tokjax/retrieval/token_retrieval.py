@@ -24,9 +24,8 @@ def nearest_tokens(
 ) -> tuple[Int32[Array, "Q K"], Float[Array, "Q K"]]:
   """Documents and similarities of the k best tokens of each query token.
 
-  Tokens of deleted documents are never found. Of rows at the end of a document
-  that are stored exactly like its first row, none is found but the first: they
-  fill the last page, or are twins that change no maximum.
+  Tokens of deleted documents are never found, nor rows that fill a document's
+  last page. Tokens of a document that are stored alike are all found.
 
   Args:
     index: the documents (retrieval/token_index.py), whatever their codec.
@@ -75,14 +74,14 @@ def nearest_tokens(
     page = start + jnp.arange(block, dtype=jnp.int32)
     document = jax.lax.dynamic_slice_in_dim(owner, start, block)
     rank = jax.lax.dynamic_slice_in_dim(index.page_rank, start, block)
+    position = rank[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None]
     payload = jax.tree.map(
       lambda x: jax.lax.dynamic_slice_in_dim(x, start * size, block * size),
       index.payload,
     )
-    last = rank == index.num_pages[document] - 1
     allowed = (document >= 0) & (page >= number * block)
-    allowed = allowed[:, None] & ~(
-      last[:, None] & _fillings(index, payload, page, rank)
+    allowed = allowed[:, None] & (
+      position < index.num_tokens[document][:, None]
     )
     rows = index.codec.decode(payload)
     similarity = jnp.matmul(query_tokens, rows.T, precision="highest")
@@ -111,20 +110,3 @@ def _page_owners(index, num_pages):
   page = jnp.arange(num_pages, dtype=jnp.int32)
   inside = page < index.first_page[owner] + index.num_pages[owner]
   return jnp.where(inside & index.live[owner], owner, -1)
-
-
-def _fillings(index, payload, page, rank):
-  """Rows of pages that repeat their document's first row up to the page's end.
-
-  Where the page is a document's last: copies that fill it.
-  """
-  size = index.page_size
-  first = (page - rank) * size  # first row of the document
-  same = jnp.ones_like(page, shape=(page.shape[0], size), dtype=bool)
-  for name, rows in payload.items():
-    rows = rows.reshape(-1, size, *rows.shape[1:])
-    equal = rows == index.payload[name][first][:, None]
-    same &= jnp.all(equal, axis=tuple(range(2, equal.ndim)))
-  same = jax.lax.cummin(same.astype(jnp.int32), axis=1, reverse=True) > 0
-  place = jax.lax.broadcasted_iota(jnp.int32, same.shape, 1)
-  return same & ((rank[:, None] > 0) | (place > 0))

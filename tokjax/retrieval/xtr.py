@@ -333,9 +333,7 @@ def search(
   Returns:
     Positions int32 and float32 scores; -1 and -inf where fewer than k
     documents had a token retrieved, or the query has no valid token. Deleted
-    documents are never retrieved. Of rows at the end of a document that are
-    stored exactly like its first, none is retrieved but the first: they fill
-    the last page, or are twins and change no maximum.
+    documents are never retrieved.
 
   Raises:
     ValueError: if sizes disagree or a setting is out of range.

@@ -7,6 +7,7 @@
 - `tokjax.train.late_interaction`: the losses of ColBERT, XTR, CRISP, ColBERTer.
 - `tokjax.train.retrieval_run`: one run, from data to a model; `features`
   keeps the hidden states of frozen blocks.
+- `tokjax.train.ranking_evaluation`: ranking quality while a run goes on.
 - `tokjax.train.metrics`: terminal, JSON lines, TensorBoard.
 - `tokjax.train.preemption`: stopping in time when the machine is taken.
 """
@@ -19,6 +20,7 @@ __all__ = [
   "metrics",
   "optimizer",
   "preemption",
+  "ranking_evaluation",
   "retrieval_run",
   "step",
 ]

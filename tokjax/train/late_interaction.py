@@ -8,8 +8,8 @@ are compared by. `make_loss` gives the loss that `tokjax.train.loop` takes:
     loop.train(model, loss_fn, iter(batches.build(...)), config, key=key)
 
 The loss is written for the whole batch; on a mesh every device scores its own
-queries against the documents of all (`shard_map`), and value and gradient are
-those of one device.
+queries against the documents of all (`shard_map`), in parts where there are
+many, and value and gradient are those of one device.
 
 Where the lower blocks of the encoder are frozen, their hidden states are
 computed once (`tokjax.train.features`), come with the batch, and the encoder
@@ -17,7 +17,7 @@ of the model is `bert.Layers`.
 """
 
 import dataclasses
-import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +30,7 @@ from tokjax import checks
 from tokjax.kernels import maxsim
 from tokjax.parallel import meshes
 from tokjax.retrieval import colbert, colberter, crisp, losses, masks, xtr
+from tokjax.train import step as steps
 from tokjax.typing import Array, Bool, Float, Key
 
 __all__ = [
@@ -45,6 +46,9 @@ __all__ = [
 METHODS = ("colbert", "xtr", "crisp", "colberter")
 
 Batch = Mapping[str, Any]
+
+# Token vectors of other devices that one holds at a time while it scores.
+_GATHERED_BYTES = 512 << 20
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -66,7 +70,9 @@ class Objective:
   clusters: crisp.CrispConfig | None = None  # CRISP: how many means
   distill_weight: float = 1.0  # of the teacher's list, for batches with one
   distill_temperature: float = 1.0  # of both lists
-  remat_encoder: bool = False  # encode again in the backward pass
+  # What each encoder block keeps for the backward pass, of `step.REMAT`; it
+  # computes the rest once more. None keeps all.
+  remat_encoder: str | None = None
 
 
 class TextRules(NamedTuple):
@@ -170,20 +176,42 @@ def make_loss(
     over the queries of the batch; `accuracy` is the share of queries whose
     positive scores highest. A key turns dropout on.
 
+    The loss raises ValueError when it is traced for a microbatch
+    (`step.make_step`), as most of its negatives would be missing.
+
   Raises:
     ValueError: if CRISP has no config, or settings are out of range.
   """
   checks.one_of(METHODS, method=objective.method)
   checks.in_range(1, 1 << 31, k_train=objective.k_train)
   checks.in_range(1e-6, 1e6, temperature=objective.temperature)
+  steps.remat_policy(objective.remat_encoder)
   if objective.method == "crisp" and objective.clusters is None:
     raise ValueError("clusters must be given for method 'crisp', got None")
-  if objective.method == "colberter":
-    return functools.partial(_colberter_loss, objective, rules)
-  return functools.partial(_token_loss, objective, rules)
+  loss = _colberter_loss if objective.method == "colberter" else _token_loss
+
+  def loss_fn(model, batch, key=None):
+    _check_whole(batch)
+    return loss(objective, rules, model, batch, key)
+
+  return loss_fn
 
 
-def _token_loss(objective, rules, model, batch, key=None):
+def _check_whole(batch):
+  """Raises unless the documents of all queries are there."""
+  num_queries, num_documents = batch["document_ids"].shape[:2]
+  want = (num_queries, num_queries * num_documents)
+  if batch["false_negative"].shape != want:
+    raise ValueError(
+      f"false_negative must have shape {want}, got "
+      f"{batch['false_negative'].shape}: the documents of the whole batch are "
+      "negatives of each query, and a microbatch has few of them. Set "
+      "num_microbatches to 1 and save memory by objective.remat_encoder, or "
+      "by tokjax.train.gradient_cache in a loss of your own"
+    )
+
+
+def _token_loss(objective, rules, model, batch, key):
   queries, documents = _encode(objective, rules, model, batch, key)
   if objective.method == "crisp":  # each device its own, before any exchange
     queries = _means(crisp.cluster_queries(*queries, objective.clusters))
@@ -195,7 +223,9 @@ def _token_loss(objective, rules, model, batch, key=None):
       return xtr.train_scores(*arrays, k_train=objective.k_train)
     return maxsim.maxsim(*arrays)
 
-  scores = _over_devices(score)(queries, documents) / objective.temperature
+  # XTR retrieves from the documents of the whole batch together.
+  score = _over_devices(score, by_document=objective.method != "xtr")
+  scores = score(queries, documents) / objective.temperature
   loss = _contrastive(objective, scores, batch)
   metrics = {"accuracy": _accuracy(scores, batch)}
   if "teacher" in batch:
@@ -209,7 +239,7 @@ def _token_loss(objective, rules, model, batch, key=None):
   return loss, metrics
 
 
-def _colberter_loss(objective, rules, model, batch, key=None):
+def _colberter_loss(objective, rules, model, batch, key):
   head = model.head
   num_documents = batch["document_ids"].shape[1]  # n
   query_key, document_key = _keys(key)
@@ -224,9 +254,8 @@ def _colberter_loss(objective, rules, model, batch, key=None):
                    batch["query_mask"], query_key)  # fmt: skip
   words = batch["query_words"]
   queries = head.queries(hidden, batch["query_mask"], words, _unique(words))
-  fusion = head.fusion[...]
 
-  def score(queries, documents):
+  def score(queries, documents, fusion):
     ids = ()
     if head.config.exact_match:
       ids = (queries.word_ids, documents.word_ids)
@@ -235,7 +264,7 @@ def _colberter_loss(objective, rules, model, batch, key=None):
       documents.mask, fusion, *ids,
     )  # fmt: skip
 
-  found = _over_devices(score)(queries, documents)
+  found = _over_devices(score)(queries, documents, head.fusion[...])
   sparsity = jnp.zeros(())
   by_list = [  # [B, n, W]
     x.reshape(-1, num_documents, x.shape[-1])
@@ -297,10 +326,8 @@ def _encode(objective, rules, model, batch, key):
 def _hidden(objective, model, batch, side, ids, attention, key):
   given = batch.get(f"{side}_hidden")
   inputs = ids if given is None else given.reshape(*ids.shape, -1)
-  if objective.remat_encoder:
-    encode = jax.checkpoint(lambda e, x, m, k: e(x, m, key=k))
-    return encode(model.encoder, inputs, attention, key)
-  return model.encoder(inputs, attention, key=key)
+  policy = steps.remat_policy(objective.remat_encoder)
+  return model.encoder(inputs, attention, key=key, remat=policy)
 
 
 def _tokens(rules, model, hidden, scored):
@@ -310,21 +337,59 @@ def _tokens(rules, model, hidden, scored):
   return TokenSets(tokens, scored)
 
 
-def _over_devices(score):
-  """Local queries against the documents of all devices, on any mesh."""
+def _over_devices(score, *, by_document=True):
+  """Local queries against the documents of all devices, on any mesh.
+
+  Where a score is of its document alone, more documents than fit into
+  `_GATHERED_BYTES` come in parts, one after the other, and in the backward pass
+  once more. Further arguments are whole on every device.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(a for a in meshes.BATCH_AXES if mesh.shape.get(a, 1) > 1)
   if not axes:
     return score
+  num_devices = math.prod(mesh.shape[axis] for axis in axes)
 
-  def local(queries, documents):
-    def gather(x):
-      return jax.lax.all_gather(x, axes, tiled=True)
+  def local(queries, documents, *rest):
+    def score_part(part):
+      def gather(x):
+        return jax.lax.all_gather(x, axes, tiled=True)
 
-    return score(queries, jax.tree.map(gather, documents))
+      return score(queries, jax.tree.map(gather, part), *rest)
 
-  rows = jax.P(axes)
-  return jax.shard_map(local, in_specs=(rows, rows), out_specs=rows)
+    num_parts = _num_parts(documents, num_devices) if by_document else 1
+    if num_parts == 1:
+      return score_part(documents)
+
+    def join(x):  # [parts, b, devices m / parts] -> [b, devices m]
+      x = x.reshape(*x.shape[:2], num_devices, -1).transpose(1, 2, 0, 3)
+      return x.reshape(x.shape[0], -1)
+
+    parts = jax.tree.map(
+      lambda x: x.reshape(num_parts, -1, *x.shape[1:]), documents
+    )
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(score_part), parts))
+
+  def over_devices(queries, documents, *rest):
+    rows, whole = jax.P(axes), jax.P()
+    specs = (rows, rows, *[whole] * len(rest))
+    function = jax.shard_map(local, in_specs=specs, out_specs=rows)
+    return function(queries, documents, *rest)
+
+  return over_devices
+
+
+def _num_parts(documents, num_devices):
+  """The fewest equal parts of the documents of each device that fit."""
+  leaves = jax.tree.leaves(documents)
+  size, num_documents = sum(x.nbytes for x in leaves), leaves[0].shape[0]
+  fits = (
+    parts
+    for parts in range(1, num_documents + 1)
+    if num_documents % parts == 0
+    and size * num_devices <= parts * _GATHERED_BYTES
+  )
+  return next(fits, num_documents)
 
 
 def _contrastive(objective, scores, batch):

@@ -8,7 +8,6 @@ asked for, and `nonfinite_step_*.npz` when a loss was not finite. Calling
 import contextlib
 import dataclasses
 import functools
-import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tokjax import checkpoint, checks
+from tokjax import checkpoint, checks, files
 from tokjax.parallel import meshes
 from tokjax.parallel import rules as sharding
 from tokjax.train import metrics, preemption
@@ -125,8 +124,8 @@ def train(
 
   Raises:
     NonFiniteError: if a loss or gradient is not finite.
-    ValueError: if the batches end before `num_steps`, or for settings that
-      do not fit.
+    ValueError: if the batches end before `num_steps`, the folder is in a
+      bucket, or settings do not fit.
     TypeError: if `batches` cannot be saved in a run that is.
 
   Example:
@@ -205,6 +204,7 @@ def train(
 def _check(config, batches):
   checks.in_range(1, float("inf"), num_steps=config.num_steps)
   checks.one_of(("float32", "bfloat16"), compute_dtype=config.compute_dtype)
+  files.local_folder(folder=config.folder)
   if config.folder and not hasattr(batches, "get_state"):
     raise TypeError(
       "batches must have get_state and set_state to be saved in folder "
@@ -280,21 +280,20 @@ def _guard(running, key, folder):
   step, batch, values = running
   folder = pathlib.Path(folder or tempfile.gettempdir())
   name = f"nonfinite_step_{step}_process_{jax.process_index()}.npz"
-  aside, path = folder / f".{name}.{os.getpid()}.npz", folder / name
+  path = folder / name
   loss, norm = float(values["loss"]), float(values["grad_norm"])
   arrays = {
     f"batch/{sharding.leaf_path(where)}".rstrip("/"): x
     for where, x in jax.tree_util.tree_leaves_with_path(batch)
   }
-  folder.mkdir(parents=True, exist_ok=True)
-  np.savez(
-    aside,
-    **arrays,
-    key_data=jax.random.key_data(key),
-    key_impl=str(jax.random.key_impl(key)),
-    step=step,
-    loss=loss,
-    grad_norm=norm,
-  )
-  aside.replace(path)
+  with files.replacing(path) as aside, aside.open("wb") as file:
+    np.savez(
+      file,
+      **arrays,
+      key_data=jax.random.key_data(key),
+      key_impl=str(jax.random.key_impl(key)),
+      step=step,
+      loss=loss,
+      grad_norm=norm,
+    )
   raise NonFiniteError(step, path, loss, norm)

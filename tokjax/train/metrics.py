@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Mapping
 
+from tokjax import files
+
 __all__ = ["JsonLines", "Progress", "TensorBoard", "Terminal"]
 
 
@@ -96,9 +98,8 @@ class JsonLines:
       kept = [
         x for x in path.read_text().splitlines() if _until(x, resume_step)
       ]
-      aside = path.with_name(f".{path.name}.{os.getpid()}")
-      aside.write_text("".join(line + "\n" for line in kept))
-      aside.replace(path)
+      with files.replacing(path) as aside:
+        aside.write_text("".join(line + "\n" for line in kept))
     self._file = path.open("a", encoding="utf-8")
 
   def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -24,7 +24,9 @@ from tokjax.train import features, late_interaction, loop
 from tokjax.train.optimizer import OptimizerConfig
 
 __all__ = [
+  "TRIPLES",
   "DataConfig",
+  "EvaluationConfig",
   "Frozen",
   "MeshConfig",
   "Prepared",
@@ -37,6 +39,17 @@ __all__ = [
   "train",
 ]
 
+
+# How names of files of triples end.
+TRIPLES = (".jsonl", ".tsv", ".json")
+
+# Fields of a run that name markers and [MASK] padding.
+_MARKING = (
+  "query_marker",
+  "document_marker",
+  "expand_queries",
+  "attend_to_expansion",
+)
 
 # Batches are small and made in no time; grain's own buffer is 500.
 _READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -57,6 +70,21 @@ class DataConfig:
   mine: str = "none"
   skip_top: int = 0  # best ranks that are no negatives
   bucket: int = 32  # granularity of padded document lengths
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class EvaluationConfig:
+  """Ranking quality during training, measured by `train.ranking_evaluation`.
+
+  How often is `trainer.evaluate_every`; at the end it is measured too.
+  """
+
+  split: str = ""  # whose queries are asked, "validation" say; "" measures none
+  dataset: str = ""  # a folder in BEIR layout, or pydocs; "" for that of `data`
+  num_queries: int | None = 200  # the first ones; None for all
+  # Those that answer the queries, filled up with others; None for all.
+  num_documents: int | None = 2000
+  metrics: tuple[str, ...] = ("nDCG@10", "R@100", "MRR@10")
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -83,6 +111,10 @@ class RetrievalRun:
   # Texts: None takes the checkpoint's own settings.
   query_length: int | None = None  # most tokens of a query
   document_length: int | None = None  # most tokens of a document
+  query_marker: str | None = None  # word before a query's own; "" for none
+  document_marker: str | None = None  # the same for documents
+  expand_queries: bool | None = None  # pad queries with [MASK]s, and score them
+  attend_to_expansion: bool | None = None  # may tokens attend to those [MASK]s
   objective: late_interaction.Objective = dataclasses.field(
     default_factory=late_interaction.Objective
   )
@@ -91,6 +123,9 @@ class RetrievalRun:
   words: colberter.ColberterConfig | None = None  # head of ColBERTer
   frozen_layers: int = 0  # lower encoder blocks that are not trained
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  evaluation: EvaluationConfig = dataclasses.field(
+    default_factory=EvaluationConfig
+  )
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   trainer: loop.TrainConfig = dataclasses.field(default_factory=_trainer)
   seed: int = 0  # of new weights, draws, orders and dropout
@@ -141,7 +176,7 @@ def load_data(config: DataConfig) -> training_set.TrainingSet:
     ValueError: if it is not there or damaged, or a setting is unknown.
   """
   checks.one_of(("none", "bm25"), mine=config.mine)
-  if config.dataset.endswith((".jsonl", ".tsv", ".json")):
+  if config.dataset.endswith(TRIPLES):
     found = triple_files.read(
       config.dataset, queries=config.queries, documents=config.documents
     )
@@ -189,22 +224,37 @@ def prepare(
 def text_config(
   run: RetrievalRun, config: colbert.ColbertConfig
 ) -> colbert.ColbertConfig:
-  """How texts become tokens: as the checkpoint says, with the run's lengths.
+  """How texts become tokens: as the checkpoint says, where the run is silent.
 
   Args:
-    run: may name lengths.
+    run: may name lengths, markers and [MASK] padding.
     config: of the checkpoint.
 
+  Returns:
+    What batches are made by, and what is saved with the trained model.
+
+  Raises:
+    ValueError: if a run of ColBERTer, which has neither, names a marker or
+      padding.
+
   Example:
-    >>> run = RetrievalRun(query_length=12)
-    >>> text_config(run, colbert.ColbertConfig()).query_length
-    12
+    >>> run = RetrievalRun(query_length=12, query_marker="")
+    >>> found = text_config(run, colbert.ColbertConfig())
+    >>> found.query_length, found.query_marker, found.document_marker
+    (12, None, '[unused1]')
   """
-  changes = {
-    name: value
-    for name in ("query_length", "document_length")
-    if (value := getattr(run, name)) is not None
-  }
+  names = ("query_length", "document_length", *_MARKING)
+  said = {name: getattr(run, name) for name in names}
+  changes = {name: value for name, value in said.items() if value is not None}
+  marking = sorted(set(changes) & set(_MARKING))
+  if run.objective.method == "colberter" and marking:
+    raise ValueError(
+      f"{marking[0]} must be None for method 'colberter', which reads whole "
+      f"words, got {changes[marking[0]]!r}"
+    )
+  for name in ("query_marker", "document_marker"):
+    if changes.get(name) == "":
+      changes[name] = None
   return dataclasses.replace(config, **changes)
 
 
@@ -307,13 +357,18 @@ def train(
     The trained model, ready to encode, save and index; and how the loop ended.
 
   Raises:
-    ValueError: for settings that do not fit each other.
+    ValueError: for settings that do not fit each other or what is prepared.
     NonFiniteError: if a loss or gradient is not finite.
   """
   if prepared is None:
     prepared = prepare(run, progress=jax.process_index() == 0)
   checkpoint, frozen = prepared.checkpoint, prepared.frozen
   objective, text = run.objective, checkpoint.config
+  if text_config(run, text) != text:
+    raise ValueError(
+      f"prepared must be of the texts of the run, {text_config(run, text)}, "
+      f"got {text}"
+    )
   key, head_key = jax.random.split(jax.random.key(run.seed))
   model = late_interaction.LateInteraction(
     checkpoint.encoder if frozen is None else frozen.upper,

@@ -11,7 +11,7 @@ from tokjax import checks
 from tokjax.parallel import rules
 from tokjax.typing import Array, Bool, Int, Key
 
-__all__ = ["REMAT", "TrainState", "init_state", "make_step"]
+__all__ = ["REMAT", "TrainState", "init_state", "make_step", "remat_policy"]
 
 # (model, batch, key) -> (loss, metrics)
 LossFn = Callable[[Any, Any, Any], tuple[Array, dict[str, Array]]]
@@ -111,7 +111,9 @@ def make_step(
     num_microbatches: M; must divide the rows of the batch.
     remat: which values the backward pass keeps, one of `REMAT`; None keeps
       all it needs. The policy covers the whole loss, scans over layers
-      included; a model whose layers call `jax.checkpoint` needs none.
+      included, and what it does not keep is there at once when the backward
+      pass begins; a model whose layers call `jax.checkpoint` needs less
+      memory, and no policy here.
     state_shardings: where each array of the state lives; None leaves it to
       the compiler, fine on one device.
 
@@ -134,8 +136,7 @@ def make_step(
     >>> float(metrics["loss"]), float(state.model["w"][0])
     (1.0, 0.5)
   """
-  if remat is not None:
-    checks.one_of(REMAT, remat=remat)
+  policy = remat_policy(remat)
   checks.in_range(1, float("inf"), num_microbatches=num_microbatches)
 
   def loss_of(model, batch, key):
@@ -144,8 +145,7 @@ def make_step(
     _check_outputs(loss, metrics)
     return loss.astype(jnp.float32), metrics
 
-  if remat is not None:
-    policy = getattr(jax.checkpoint_policies, remat)
+  if policy is not None:
     loss_of = jax.checkpoint(loss_of, policy=policy)
   gradient_of = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -172,6 +172,28 @@ def make_step(
     return TrainState(*moved, state.key, finite), metrics
 
   return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def remat_policy(remat: str | None) -> Callable[..., Any] | None:
+  """The function of `jax.checkpoint_policies` of a name.
+
+  Args:
+    remat: one of `REMAT`; None gives None.
+
+  Returns:
+    What `jax.checkpoint` takes as its policy.
+
+  Raises:
+    ValueError: for another name.
+
+  Example:
+    >>> remat_policy("dots_saveable") is jax.checkpoint_policies.dots_saveable
+    True
+  """
+  if remat is None:
+    return None
+  checks.one_of(REMAT, remat=remat)
+  return getattr(jax.checkpoint_policies, remat)
 
 
 def _accumulate(gradient_of, model, batch, key, num_microbatches):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokjax.cli import files
+from tokjax import files
 
 
 def test_complete_file_takes_the_place(tmp_path):
@@ -21,3 +21,12 @@ def test_failure_leaves_what_was_there(tmp_path):
       aside.write_text("half")
       raise RuntimeError("disk")
   assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("folder", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_bucket_is_no_folder(folder):
+  with pytest.raises(
+    ValueError, match=f"--out must be .*, got '{folder}'.*gcs"
+  ):
+    files.local_folder(**{"--out": folder})
+  assert files.local_folder(out="gs/run").parts == ("gs", "run")
