@@ -1,6 +1,7 @@
 """The house: imports point down, public names are documented and tested."""
 
 import ast
+import functools
 import importlib
 import inspect
 import json
@@ -19,7 +20,7 @@ TESTS = pathlib.Path(__file__).parent
 LEVELS = {
     name: level
     for level, names in enumerate((
-        ("typing", "checks", "compat"),
+        ("typing", "checks", "compat", "files"),
         ("ops",),
         ("kernels",),
         ("retrieval", "reduction", "projectors", "adapters", "tokenizers",
@@ -119,6 +120,7 @@ def test_public_definitions_are_exported(name):
   assert defined <= set(module.__all__), defined - set(module.__all__)
 
 
+@functools.cache
 def names_in_tests() -> set[str]:
   found = set()
   for path in TESTS.rglob("*_test.py"):
@@ -139,6 +141,10 @@ PARTS = (
   "tokjax.data.docstrings",
   "tokjax.data.json_lines",
   "tokjax.data.near_duplicates",
+  "tokjax.kernels.column_attention.sharding",
+  "tokjax.kernels.greedy_select.picks",
+  "tokjax.kernels.greedy_select.sharding",
+  "tokjax.kernels.greedy_select.xla",
   "tokjax.kernels.maxsim.sharding",
   "tokjax.kernels.maxsim.xla",
   "tokjax.retrieval.index_scoring",

@@ -18,6 +18,7 @@ COMMANDS = {
   "search": "ask an index; without a query, read queries from the terminal",
   "evaluate": "ranking quality and cost on a BEIR folder or on pydocs",
   "train": "train a retriever as a config file says",
+  "reduce": "cut the tokens of a picture and show what is left",
   "encode": "encode a corpus into one file of token vectors",
   "compile": "compile kernels, training and search for absent TPUs and H100s",
   "bench": "measure the hot paths on this machine against their baselines",
