@@ -26,14 +26,15 @@ def get_config(arg: str = "cifar10") -> ImageRun:
     data=arg or "cifar10",
     batch_size=64,
     trainer=TrainConfig(
-      num_steps=1800,
+      num_steps=1700,
       optimizer=OptimizerConfig(
-        learning_rate=1e-3,
+        name="muon",
+        learning_rate=2e-3,
         warmup_steps=100,
         weight_decay=0.05,
         no_decay=("bias$", "scale$", "norm", "token$", "positions$"),
       ),
-      evaluate_every=200,
+      evaluate_every=850,
       save_every=200,
     ),
   )

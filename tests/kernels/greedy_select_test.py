@@ -63,7 +63,7 @@ def check_all(got, table, mask, bonus, first, objective, num_keep):
 def test_equals_a_plain_loop(objective, num_keep, implementation):
   for seed, grid in enumerate((True, False)):
     table, mask, bonus, _ = greedy_oracle.cases(
-      seed, 120, 9, objective, grid=grid
+      seed, 60, 9, objective, grid=grid
     )
     settings = dict(objective=objective, num_keep=num_keep)
     got = run(
@@ -91,7 +91,7 @@ def test_equals_a_plain_loop(objective, num_keep, implementation):
 @pytest.mark.parametrize("implementation", PLAIN)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_first_pick_may_be_given(objective, implementation):
-  case = greedy_oracle.cases(7, 120, 9, objective, grid=True)
+  case = greedy_oracle.cases(7, 60, 9, objective, grid=True)
   got = run(
     *case, implementation=implementation, objective=objective, num_keep=5
   )
@@ -107,7 +107,7 @@ def test_first_pick_may_be_given(objective, implementation):
 def test_coverage_of_other_targets_than_tokens(implementation):
   for num_rows in (3, 20):
     case = greedy_oracle.cases(
-      3, 120, 9, "coverage", grid=True, num_rows=num_rows
+      3, 60, 9, "coverage", grid=True, num_rows=num_rows
     )
     got = run(
       *case, implementation=implementation, objective="coverage", num_keep=5

@@ -54,7 +54,9 @@ def test_named_preparations_are_those_of_the_processors(name):
 
 def test_crop_takes_the_centre():
   image = picture(8, 8)
-  plain = images.Preparation(size=8, crop=4, mean=(0, 0, 0), std=(1, 1, 1))
+  plain = images.Preparation(
+    size=8, crop=4, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+  )
   (got,) = images.prepare([image], plain)
   np.testing.assert_allclose(got, image[2:6, 2:6] / 255, atol=1e-6)
 

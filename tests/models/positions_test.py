@@ -1,5 +1,6 @@
 """Bicubic interpolation of tables, against a loop over torch's definition."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,7 +44,7 @@ def test_matrix_equals_the_loop(sizes, antialias):
 
 
 def test_equal_grids_are_left_alone():
-  table = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+  table = jnp.float32(np.random.default_rng(0).normal(size=(6, 2)))
   assert positions.interpolate_grid(table, (2, 3), (2, 3)) is table
   for antialias in (False, True):
     same = positions.interpolation_matrix(5, 5, antialias=antialias)
@@ -53,7 +54,7 @@ def test_equal_grids_are_left_alone():
 def test_rows_and_columns_are_separate():
   """A table that rises along the rows only, and one along the columns."""
   rows, columns = np.mgrid[:3, :4].astype(np.float32)
-  table = np.stack([rows.ravel(), columns.ravel()], axis=1)
+  table = jnp.stack([rows.ravel(), columns.ravel()], axis=1)
   got = positions.interpolate_grid(table, (3, 4), (6, 2)).reshape(6, 2, 2)
   assert np.ptp(got[..., 0], axis=1).max() < 1e-5
   assert np.ptp(got[..., 1], axis=0).max() < 1e-5
@@ -62,6 +63,6 @@ def test_rows_and_columns_are_separate():
 
 def test_errors():
   with pytest.raises(ValueError, match="table=5, cells_of_grid=6"):
-    positions.interpolate_grid(np.zeros((5, 2)), (2, 3), (1, 1))
+    positions.interpolate_grid(jnp.zeros((5, 2)), (2, 3), (1, 1))
   with pytest.raises(ValueError, match="new_size must lie in 1"):
     positions.interpolation_matrix(2, 0)

@@ -17,7 +17,7 @@ COMMANDS = {
   "index": "encode a corpus and build a searchable index in a folder",
   "search": "ask an index; without a query, read queries from the terminal",
   "evaluate": "ranking quality and cost on a BEIR folder or on pydocs",
-  "train": "train a retriever as a config file says",
+  "train": "train a retriever or image encoder as a config file says",
   "reduce": "cut the tokens of a picture and show what is left",
   "encode": "encode a corpus into one file of token vectors",
   "compile": "compile kernels, training and search for absent TPUs and H100s",

@@ -1,7 +1,8 @@
-"""`tokjax train`: trains a retriever as a config file says, and saves it.
+"""`tokjax train`: trains as a config file says, and saves the model.
 
 The folder of the run holds the checkpoints and metrics of the loop, the
-settings (`run.json`), and in `model/` what `tokjax index --model` takes.
+settings (`run.json`), and in `model/` what `tokjax index --model`, or of an
+image encoder `tokjax reduce --model`, takes.
 """
 
 import argparse
@@ -19,11 +20,17 @@ from ml_collections import config_flags
 import tokjax
 from tokjax import files
 from tokjax.cli import evaluate
-from tokjax.models import saving
+from tokjax.models import saving, vit_weights
 from tokjax.parallel import processes
-from tokjax.train import ranking_evaluation, retrieval_run
+from tokjax.train import (
+  image_classification,
+  ranking_evaluation,
+  retrieval_run,
+)
 
 __all__ = ["main", "run", "settings"]
+
+Run = retrieval_run.RetrievalRun | image_classification.ImageRun
 
 _OVERRIDES = """\
 settings are overridden by name:
@@ -36,7 +43,7 @@ Called again with the same folder, a run that was stopped goes on.
 """
 
 
-def settings(path: str, overrides: list[str]) -> retrieval_run.RetrievalRun:
+def settings(path: str, overrides: list[str]) -> Run:
   """The run that a config file describes, with overrides.
 
   Args:
@@ -66,12 +73,12 @@ def settings(path: str, overrides: list[str]) -> retrieval_run.RetrievalRun:
   return flags.config
 
 
-def run(config: retrieval_run.RetrievalRun) -> pathlib.Path:
+def run(config: Run) -> pathlib.Path:
   """Trains and saves; with several processes, each of them must call it.
 
   Args:
-    config: the run; its trainer needs a folder. With `evaluation.split` the
-      ranking metrics of that split are measured as well.
+    config: the run; its trainer needs a folder. With `evaluation.split` of a
+      retriever the ranking metrics of that split are measured as well.
 
   Returns:
     The folder of the model.
@@ -84,7 +91,8 @@ def run(config: retrieval_run.RetrievalRun) -> pathlib.Path:
   folder = files.local_folder(
     **{"--out or config.trainer.folder": config.trainer.folder}
   )
-  asked = _evaluator(config)
+  images = isinstance(config, image_classification.ImageRun)
+  asked = None if images else _evaluator(config)
   folder.mkdir(parents=True, exist_ok=True)
   record = {
     "config": dataclasses.asdict(config),
@@ -95,14 +103,17 @@ def run(config: retrieval_run.RetrievalRun) -> pathlib.Path:
   if first:
     with files.replacing(folder / "run.json") as aside:
       aside.write_text(json.dumps(record, indent=1))
-  checkpoint, trained = retrieval_run.train(config, evaluate=asked)
+  if images:
+    trained_model, trained = image_classification.train(config)
+  else:
+    trained_model, trained = retrieval_run.train(config, evaluate=asked)
   if trained.preempted:
     if first:
       print(f"stopped and saved in {folder}; call again to go on", flush=True)
     return folder
   model = folder / "model"
   if first:
-    saving.save(model, checkpoint)
+    (vit_weights if images else saving).save(model, trained_model)
   multihost_utils.sync_global_devices("model saved")
   return model
 
@@ -111,7 +122,8 @@ def main(argv: list[str]) -> int:
   """Trains; see `tokjax train --help`."""
   parser = argparse.ArgumentParser(
     prog="tokjax train",
-    description="Trains a retriever as a config file of configs/ says.",
+    description="Trains a retriever or an image encoder as a config file of"
+    " configs/ says.",
     epilog=_OVERRIDES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

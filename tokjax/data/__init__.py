@@ -1,4 +1,4 @@
-"""Retrieval data sets: a user's own files, BEIR folders, installed docstrings.
+"""Data sets: a user's own files, BEIR folders, installed docstrings, images.
 
 - `tokjax.data.beir`: folders in the BEIR layout.
 - `tokjax.data.pydocs`: the docstrings of the packages installed beside us.
@@ -8,13 +8,16 @@
 - `tokjax.data.batches`: its batches, resumable and cut among processes
   (`schedule` says which examples each holds).
 - `tokjax.data.records`: any of them as ArrayRecord tables for grain.
+- `tokjax.data.cifar10`: labelled images; `image_batches` augments them.
 """
 
 __all__ = [
   "batches",
   "beir",
+  "cifar10",
   "corpus",
   "hard_negatives",
+  "image_batches",
   "pydocs",
   "records",
   "retrieval_set",

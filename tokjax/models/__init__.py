@@ -1,4 +1,10 @@
-"""Encoders with weights, as plain pytrees, and how to load published ones."""
+"""Encoders with weights, as plain pytrees, and how to load published ones.
+
+Texts: `Bert`, read with its tokenizer and head by `load`. Images:
+`tokjax.models.vit`, shapes in `vit_shapes`, weights by `vit_weights`, pixels by
+`images`; `reducing` says what a host shows of its layers and where reductions
+work.
+"""
 
 from tokjax.models.bert import Bert, BertConfig
 from tokjax.models.checkpoints import Checkpoint, load

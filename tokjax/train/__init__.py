@@ -8,6 +8,7 @@
 - `tokjax.train.retrieval_run`: one run, from data to a model; `features`
   keeps the hidden states of frozen blocks.
 - `tokjax.train.ranking_evaluation`: ranking quality while a run goes on.
+- `tokjax.train.image_classification`: what is in an image, by a ViT.
 - `tokjax.train.metrics`: terminal, JSON lines, TensorBoard.
 - `tokjax.train.preemption`: stopping in time when the machine is taken.
 """
@@ -15,6 +16,7 @@
 __all__ = [
   "features",
   "gradient_cache",
+  "image_classification",
   "late_interaction",
   "loop",
   "metrics",

@@ -110,8 +110,8 @@ def similarity_table(
   Example:
     >>> import jax.numpy as jnp
     >>> x = jnp.array([[0.0, 1.0], [3.0, 5.0]])
-    >>> similarity_table(x, similarity="l1").tolist()
-    [[0.0, -7.0], [-7.0, 0.0]]
+    >>> similarity_table(x).tolist()
+    [[1.0, 5.0], [5.0, 34.0]]
 
   Cost: 2 N^2 D FLOPs.
 
