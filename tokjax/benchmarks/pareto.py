@@ -152,17 +152,21 @@ def plot(
       axes.plot([point.size] * 2, [point.low, point.high], color=color)
       axes.plot(point.size, point.mean, "o", color=color, markersize=5)
     figure.tight_layout()
-    _label(axes, canvas.get_renderer(), [*best, *points])
+    _label(axes, canvas.get_renderer(), points, best)
     with files.replacing(path) as aside:
-      figure.savefig(aside, format=path.suffix[1:], transparent=True, dpi=150)
+      figure.savefig(
+        aside, format=path.suffix[1:], transparent=True, dpi=150,
+        bbox_inches="tight",
+      )  # fmt: skip
 
 
-def _label(axes, renderer, points):
+def _label(axes, renderer, points, best):
   """Names each point where no other name or point is, or else beside it."""
   scale = axes.figure.dpi / 72  # pixels of a point
-  marks = [axes.transData.transform((p.size, p.mean)) for p in points]
+  marks = {p: axes.transData.transform((p.size, p.mean)) for p in points}
   taken = []
-  for point, mark in dict(zip(points, marks, strict=True)).items():
+  for point in [*best, *(p for p in points if p not in best)]:
+    raised = 7 if point in best else 0  # above the line of the front
     label = axes.annotate(
       point.name,
       (point.size, point.mean),
@@ -171,15 +175,15 @@ def _label(axes, renderer, points):
       va="center",
       color=_INK,
     )
-    for place in (*_PLACES, _PLACES[0]):
-      label.set_position(place)
-      label.set_horizontalalignment("left" if place[0] > 0 else "right")
+    for across, lift in (*_PLACES, _PLACES[0]):
+      label.set_position((across, lift + raised))
+      label.set_horizontalalignment("left" if across > 0 else "right")
       box = label.get_window_extent(renderer)
       free = not any(box.overlaps(other) for other in taken)
-      if free and not any(box.contains(*other) for other in marks):
+      if free and not any(box.contains(*other) for other in marks.values()):
         break
     taken.append(box)
-    if place[1]:
-      end = mark + scale * np.array(place)
-      line = axes.transData.inverted().transform([mark, end])
+    if lift:
+      end = marks[point] + scale * np.array([across, lift + raised])
+      line = axes.transData.inverted().transform([marks[point], end])
       axes.plot(*line.T, color=_LINE, linewidth=0.8)
