@@ -95,6 +95,18 @@ def test_import_is_light():
   assert not heavy & loaded
 
 
+def test_imports_leave_the_devices_alone():
+  """Processes of one program must find each other before any computation."""
+  program = (
+    "import importlib, sys\n"
+    "for name in sys.argv[1:]: importlib.import_module(name)\n"
+    "from jax._src import xla_bridge\n"
+    "assert not xla_bridge.backends_are_initialized()\n"
+  )
+  names = [n for n in MODULES if n.startswith("tokjax.cli.")]
+  subprocess.run([sys.executable, "-c", program, *names], check=True)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_module_is_documented_and_exports(name):
   module = importlib.import_module(name)

@@ -1,5 +1,6 @@
 """Settings every test runs under; they must come before jax starts."""
 
+import itertools
 import os
 import pathlib
 import tempfile
@@ -15,6 +16,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_DEBUG_KEY_REUSE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -28,3 +30,14 @@ def shared_data() -> pathlib.Path:
       pytest.fail(f"real data sets must be at {SHARED_DATA} in CI")
     pytest.skip(f"real data sets are not at {SHARED_DATA}")
   return SHARED_DATA
+
+
+_modules = itertools.count(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_caches():
+  """Drops compiled programs now and then: thousands fill jax's caches."""
+  yield
+  if next(_modules) % 10 == 0:
+    jax.clear_caches()

@@ -6,11 +6,10 @@ A thin layer over `bm25s`, with the stemmer of Snowball: texts in, runs for
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import bm25s
 import numpy as np
 import Stemmer as snowball
-from bm25s.tokenization import Tokenized
 
 from tokjax import checks
 from tokjax.eval import runs
@@ -24,13 +23,13 @@ class BM25Index:
 
   Attributes:
     document_ids: one per document.
-    model: the sparse matrix of term weights.
+    model: a `bm25s.BM25`, the sparse matrix of term weights.
     tokenize: texts to terms, the same for documents and queries.
   """
 
   document_ids: Sequence[str]
-  model: bm25s.BM25
-  tokenize: Callable[[Sequence[str]], Tokenized]
+  model: Any
+  tokenize: Callable[[Sequence[str]], Any]
 
   @property
   def num_bytes(self) -> int:
@@ -74,6 +73,10 @@ def build(
     Robertson et al. 1994, "Okapi at TREC-3"; Lu 2024, "BM25S: Orders of
     magnitude faster lexical search via eager sparse scoring" (the library).
   """
+  # Imported here: it computes with jax when it is imported, and then it is too
+  # late for several processes to find each other.
+  import bm25s
+
   checks.same_size(document_ids=len(document_ids), texts=len(texts))
   checks.in_range(0, 1, b=b)
   stemmer = None
@@ -81,7 +84,7 @@ def build(
     checks.one_of(snowball.algorithms(), language=language)
     stemmer = snowball.Stemmer(language).stemWords
 
-  def tokenize(texts: Sequence[str]) -> Tokenized:
+  def tokenize(texts: Sequence[str]) -> Any:
     return bm25s.tokenize(
       list(texts),
       stopwords=stopwords,
