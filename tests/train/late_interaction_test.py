@@ -151,6 +151,33 @@ def test_colberter_loss_is_made_of_its_parts(teacher):
   np.testing.assert_allclose(loss, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["colbert", "colberter"])
+def test_documents_are_encoded_in_parts(method):
+  data, m = batch(), model(method)
+  whole, parts = (
+    jax.jit(
+      jax.value_and_grad(
+        make_loss(
+          objective(method, encode_parts=count, remat_encoder=policy), PLAIN
+        ),
+        has_aux=True,
+      )
+    )
+    for count, policy in ((1, None), (n, "nothing_saveable"))
+  )
+  (want, _), want_gradient = whole(m, data)
+  (got, _), gradient = parts(m, data)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for g, w in zip(
+    jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True
+  ):
+    np.testing.assert_allclose(g, w, atol=1e-5 * max(1, np.abs(w).max()))
+  (dropped, _), _ = parts(m, data, jax.random.key(0))
+  assert abs(dropped - want) > 1e-4
+  with pytest.raises(ValueError, match="documents_of_a_query must be a mult"):
+    make_loss(objective(method, encode_parts=3), PLAIN)(m, data)
+
+
 @pytest.mark.parametrize("parts", [1, 2])  # of the documents of a device
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_devices_equal_one(method, parts, monkeypatch):

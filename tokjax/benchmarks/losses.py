@@ -8,7 +8,8 @@ batch and its gradients out, for the training batch of
 similarities, and the similarities of all tokens at once. `temp_gb` is the
 scratch memory that the compiler plans for. A product of large float32 matrices
 takes its turn as well: `of_gemm` is the rate of three products of all tokens,
-one forward and two backward, as a fraction of it.
+one forward and two backward, as a fraction of it. The gradient of a maximum is
+sparse, so that ours needs fewer and may exceed 1.
 """
 
 import argparse

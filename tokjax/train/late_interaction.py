@@ -73,6 +73,10 @@ class Objective:
   # What each encoder block keeps for the backward pass, of `step.REMAT`; it
   # computes the rest once more. None keeps all.
   remat_encoder: str | None = None
+  # Parts that the documents of each query are encoded in, one after the other,
+  # where `remat_encoder` needs too much for one block. Gradients of the parts
+  # are added in the dtype of the computation.
+  encode_parts: int = 1
 
 
 class TextRules(NamedTuple):
@@ -185,6 +189,7 @@ def make_loss(
   checks.one_of(METHODS, method=objective.method)
   checks.in_range(1, 1 << 31, k_train=objective.k_train)
   checks.in_range(1e-6, 1e6, temperature=objective.temperature)
+  checks.in_range(1, 1 << 31, encode_parts=objective.encode_parts)
   steps.remat_policy(objective.remat_encoder)
   if objective.method == "crisp" and objective.clusters is None:
     raise ValueError("clusters must be given for method 'crisp', got None")
@@ -327,7 +332,27 @@ def _hidden(objective, model, batch, side, ids, attention, key):
   given = batch.get(f"{side}_hidden")
   inputs = ids if given is None else given.reshape(*ids.shape, -1)
   policy = steps.remat_policy(objective.remat_encoder)
-  return model.encoder(inputs, attention, key=key, remat=policy)
+
+  def encode(inputs, attention, key):
+    return model.encoder(inputs, attention, key=key, remat=policy)
+
+  parts = objective.encode_parts if side == "document" else 1
+  if parts == 1:
+    return encode(inputs, attention, key)
+  num_queries, num_documents = batch["document_ids"].shape[:2]
+  checks.divisible(parts, documents_of_a_query=num_documents)
+
+  def cut(x):  # [B n, ...] -> [parts, B n / parts, ...]
+    x = x.reshape(num_queries, parts, -1, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0).reshape(parts, -1, *x.shape[3:])
+
+  def join(x):  # the inverse
+    x = x.reshape(parts, num_queries, -1, *x.shape[2:])
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[3:])
+
+  keys = None if key is None else jax.random.split(key, parts)
+  rows = (cut(inputs), cut(attention), keys)
+  return join(jax.lax.map(lambda row: encode(*row), rows))
 
 
 def _tokens(rules, model, hidden, scored):
