@@ -227,3 +227,14 @@ def test_parameter_names_number_the_items_of_a_list():
   table = {name: weights.Source((name.upper(),)) for name in names}
   found = weights.to_tensors(module, table)
   np.testing.assert_array_equal(found["LAYERS.1.KERNEL"], layers[1].kernel[...])
+
+
+def test_tables_of_layers_name_their_parts():
+  linear = weights.linear_table("qkv", "query", "key")
+  assert linear["qkv.kernel"] == weights.Source(
+    ("query.weight", "key.weight"), True
+  )
+  assert linear["qkv.bias"] == weights.Source(("query.bias", "key.bias"))
+  norm = weights.norm_table("norm", "n")
+  assert norm["norm.scale"] == weights.Source(("n.weight",))
+  assert norm["norm.bias"] == weights.Source(("n.bias",))

@@ -22,55 +22,43 @@ __all__ = [
 ]
 
 
-def _linear(target: str, *names: str) -> dict[str, Source]:
-  return {
-    f"{target}.kernel": Source(tuple(f"{n}.weight" for n in names), True),
-    f"{target}.bias": Source(tuple(f"{n}.bias" for n in names)),
-  }
-
-
-def _norm(target: str, name: str) -> dict[str, Source]:
-  return {
-    f"{target}.scale": Source((f"{name}.weight",)),
-    f"{target}.bias": Source((f"{name}.bias",)),
-  }
-
-
 _B = "encoder.layer.{layer}"
 BERT_TABLE: Mapping[str, Source] = {
   "words.embedding": Source(("embeddings.word_embeddings.weight",)),
   "positions.embedding": Source(("embeddings.position_embeddings.weight",)),
   "segments.embedding": Source(("embeddings.token_type_embeddings.weight",)),
-  **_norm("norm", "embeddings.LayerNorm"),
-  **_linear(
+  **weights.norm_table("norm", "embeddings.LayerNorm"),
+  **weights.linear_table(
     "blocks.qkv",
     f"{_B}.attention.self.query",
     f"{_B}.attention.self.key",
     f"{_B}.attention.self.value",
   ),
-  **_linear("blocks.out", f"{_B}.attention.output.dense"),
-  **_norm("blocks.norm_attention", f"{_B}.attention.output.LayerNorm"),
-  **_linear("blocks.up", f"{_B}.intermediate.dense"),
-  **_linear("blocks.down", f"{_B}.output.dense"),
-  **_norm("blocks.norm_mlp", f"{_B}.output.LayerNorm"),
+  **weights.linear_table("blocks.out", f"{_B}.attention.output.dense"),
+  **weights.norm_table(
+    "blocks.norm_attention", f"{_B}.attention.output.LayerNorm"
+  ),
+  **weights.linear_table("blocks.up", f"{_B}.intermediate.dense"),
+  **weights.linear_table("blocks.down", f"{_B}.output.dense"),
+  **weights.norm_table("blocks.norm_mlp", f"{_B}.output.LayerNorm"),
 }
 
 _D = "transformer.layer.{layer}"
 DISTILBERT_TABLE: Mapping[str, Source] = {
   "words.embedding": Source(("embeddings.word_embeddings.weight",)),
   "positions.embedding": Source(("embeddings.position_embeddings.weight",)),
-  **_norm("norm", "embeddings.LayerNorm"),
-  **_linear(
+  **weights.norm_table("norm", "embeddings.LayerNorm"),
+  **weights.linear_table(
     "blocks.qkv",
     f"{_D}.attention.q_lin",
     f"{_D}.attention.k_lin",
     f"{_D}.attention.v_lin",
   ),
-  **_linear("blocks.out", f"{_D}.attention.out_lin"),
-  **_norm("blocks.norm_attention", f"{_D}.sa_layer_norm"),
-  **_linear("blocks.up", f"{_D}.ffn.lin1"),
-  **_linear("blocks.down", f"{_D}.ffn.lin2"),
-  **_norm("blocks.norm_mlp", f"{_D}.output_layer_norm"),
+  **weights.linear_table("blocks.out", f"{_D}.attention.out_lin"),
+  **weights.norm_table("blocks.norm_attention", f"{_D}.sa_layer_norm"),
+  **weights.linear_table("blocks.up", f"{_D}.ffn.lin1"),
+  **weights.linear_table("blocks.down", f"{_D}.ffn.lin2"),
+  **weights.norm_table("blocks.norm_mlp", f"{_D}.output_layer_norm"),
 }
 
 _TABLES = {"bert": BERT_TABLE, "distilbert": DISTILBERT_TABLE}

@@ -25,42 +25,28 @@ __all__ = [
 ]
 
 
-def _linear(target: str, *names: str) -> dict[str, Source]:
-  return {
-    f"{target}.kernel": Source(tuple(f"{n}.weight" for n in names), True),
-    f"{target}.bias": Source(tuple(f"{n}.bias" for n in names)),
-  }
-
-
-def _norm(target: str, name: str) -> dict[str, Source]:
-  return {
-    f"{target}.scale": Source((f"{name}.weight",)),
-    f"{target}.bias": Source((f"{name}.bias",)),
-  }
-
-
 # CLIP and SigLIP name the parts of their vision tower alike.
 _T = "vision_model.encoder.layers.{layer}"
 _TOWER = {
-  **_linear("patches", "vision_model.embeddings.patch_embedding"),
+  **weights.linear_table("patches", "vision_model.embeddings.patch_embedding"),
   "positions": Source(("vision_model.embeddings.position_embedding.weight",)),
-  **_norm("blocks.norm_attention", f"{_T}.layer_norm1"),
-  **_linear(
+  **weights.norm_table("blocks.norm_attention", f"{_T}.layer_norm1"),
+  **weights.linear_table(
     "blocks.qkv",
     f"{_T}.self_attn.q_proj",
     f"{_T}.self_attn.k_proj",
     f"{_T}.self_attn.v_proj",
   ),
-  **_linear("blocks.out", f"{_T}.self_attn.out_proj"),
-  **_norm("blocks.norm_mlp", f"{_T}.layer_norm2"),
-  **_linear("blocks.up", f"{_T}.mlp.fc1"),
-  **_linear("blocks.down", f"{_T}.mlp.fc2"),
-  **_norm("norm", "vision_model.post_layernorm"),
+  **weights.linear_table("blocks.out", f"{_T}.self_attn.out_proj"),
+  **weights.norm_table("blocks.norm_mlp", f"{_T}.layer_norm2"),
+  **weights.linear_table("blocks.up", f"{_T}.mlp.fc1"),
+  **weights.linear_table("blocks.down", f"{_T}.mlp.fc2"),
+  **weights.norm_table("norm", "vision_model.post_layernorm"),
 }
 _CLIP = {
   **_TOWER,
   "class_token": Source(("vision_model.embeddings.class_embedding",)),
-  **_norm("norm_input", "vision_model.pre_layrnorm"),
+  **weights.norm_table("norm_input", "vision_model.pre_layrnorm"),
   "head.kernel": Source(("visual_projection.weight",), True),
 }
 _P = "vision_model.head"
@@ -69,34 +55,34 @@ _SIGLIP = {
   "pool.probe": Source((f"{_P}.probe",)),
   "pool.qkv.kernel": Source((f"{_P}.attention.in_proj_weight",), True),
   "pool.qkv.bias": Source((f"{_P}.attention.in_proj_bias",)),
-  **_linear("pool.out", f"{_P}.attention.out_proj"),
-  **_norm("pool.norm", f"{_P}.layernorm"),
-  **_linear("pool.up", f"{_P}.mlp.fc1"),
-  **_linear("pool.down", f"{_P}.mlp.fc2"),
+  **weights.linear_table("pool.out", f"{_P}.attention.out_proj"),
+  **weights.norm_table("pool.norm", f"{_P}.layernorm"),
+  **weights.linear_table("pool.up", f"{_P}.mlp.fc1"),
+  **weights.linear_table("pool.down", f"{_P}.mlp.fc2"),
 }
 
 # ViT, DeiT and DINOv2 share the names of embeddings and attention.
 _L = "encoder.layer.{layer}"
 _COMMON = {
-  **_linear("patches", "embeddings.patch_embeddings.projection"),
+  **weights.linear_table("patches", "embeddings.patch_embeddings.projection"),
   "class_token": Source(("embeddings.cls_token",)),
   "positions": Source(("embeddings.position_embeddings",)),
-  **_linear(
+  **weights.linear_table(
     "blocks.qkv",
     f"{_L}.attention.attention.query",
     f"{_L}.attention.attention.key",
     f"{_L}.attention.attention.value",
   ),
-  **_linear("blocks.out", f"{_L}.attention.output.dense"),
-  **_norm("norm", "layernorm"),
+  **weights.linear_table("blocks.out", f"{_L}.attention.output.dense"),
+  **weights.norm_table("norm", "layernorm"),
 }
 _VIT = {
   **_COMMON,
-  **_norm("blocks.norm_attention", f"{_L}.layernorm_before"),
-  **_norm("blocks.norm_mlp", f"{_L}.layernorm_after"),
-  **_linear("blocks.up", f"{_L}.intermediate.dense"),
-  **_linear("blocks.down", f"{_L}.output.dense"),
-  **_linear("head", "classifier"),
+  **weights.norm_table("blocks.norm_attention", f"{_L}.layernorm_before"),
+  **weights.norm_table("blocks.norm_mlp", f"{_L}.layernorm_after"),
+  **weights.linear_table("blocks.up", f"{_L}.intermediate.dense"),
+  **weights.linear_table("blocks.down", f"{_L}.output.dense"),
+  **weights.linear_table("head", "classifier"),
 }
 _DEIT = {
   **_VIT,
@@ -104,18 +90,18 @@ _DEIT = {
 }
 _DEIT_TEACHER = {
   **_DEIT,
-  **_linear("head", "cls_classifier"),
-  **_linear("distill_head", "distillation_classifier"),
+  **weights.linear_table("head", "cls_classifier"),
+  **weights.linear_table("distill_head", "distillation_classifier"),
 }
 _DINOV2 = {
   **_COMMON,
   "registers": Source(("embeddings.register_tokens",)),
-  **_norm("blocks.norm_attention", f"{_L}.norm1"),
-  **_norm("blocks.norm_mlp", f"{_L}.norm2"),
+  **weights.norm_table("blocks.norm_attention", f"{_L}.norm1"),
+  **weights.norm_table("blocks.norm_mlp", f"{_L}.norm2"),
   "blocks.scale_attention": Source((f"{_L}.layer_scale1.lambda1",)),
   "blocks.scale_mlp": Source((f"{_L}.layer_scale2.lambda1",)),
-  **_linear("blocks.up", f"{_L}.mlp.fc1"),
-  **_linear("blocks.down", f"{_L}.mlp.fc2"),
+  **weights.linear_table("blocks.up", f"{_L}.mlp.fc1"),
+  **weights.linear_table("blocks.down", f"{_L}.mlp.fc2"),
 }
 
 TABLES: Mapping[str, Mapping[str, Source]] = {

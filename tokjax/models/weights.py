@@ -26,6 +26,8 @@ __all__ = [
   "Source",
   "fill",
   "find",
+  "linear_table",
+  "norm_table",
   "parameter_names",
   "read_tensors",
   "sha256",
@@ -59,6 +61,46 @@ class Source:
 
   names: tuple[str, ...]
   transpose: bool = False
+
+
+def linear_table(target: str, *names: str) -> dict[str, Source]:
+  """Sources of the kernel and the bias of a linear layer.
+
+  Args:
+    target: our layer.
+    names: layers in the file; several are joined along the output axis.
+
+  Returns:
+    Rows of a table for `fill`.
+
+  Example:
+    >>> linear_table("out", "dense")["out.kernel"].names
+    ('dense.weight',)
+  """
+  return {
+    f"{target}.kernel": Source(tuple(f"{n}.weight" for n in names), True),
+    f"{target}.bias": Source(tuple(f"{n}.bias" for n in names)),
+  }
+
+
+def norm_table(target: str, name: str) -> dict[str, Source]:
+  """Sources of the scale and the bias of a layer norm.
+
+  Args:
+    target: our norm.
+    name: the norm in the file.
+
+  Returns:
+    Rows of a table for `fill`.
+
+  Example:
+    >>> norm_table("norm", "LayerNorm")["norm.scale"].names
+    ('LayerNorm.weight',)
+  """
+  return {
+    f"{target}.scale": Source((f"{name}.weight",)),
+    f"{target}.bias": Source((f"{name}.bias",)),
+  }
 
 
 def find(source: str, *, revision: str | None = None) -> pathlib.Path:

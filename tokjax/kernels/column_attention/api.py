@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from tokjax import checks, compat
+from tokjax.kernels import hopper
 from tokjax.kernels.column_attention import reference, sharding, xla
 from tokjax.typing import Array, Bool, Float, Implementation, Int32
 
 __all__ = ["ColumnAttention", "column_attention"]
-
-# GPUs whose matrix instructions the Mosaic GPU kernel is written for.
-_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 # Ids that meet nothing: hidden keys, and rows that see nothing.
 _HIDDEN_KEY, _BLIND_ROW = -2, -1
@@ -190,7 +188,7 @@ def _dispatch(arrays, implementation, **settings):
 
   branches = {"default": branch(xla)}
   kernels = {"tpu": "pallas_tpu"}
-  if _on_hopper():
+  if hopper.on_hopper():
     kernels["cuda"] = "pallas_gpu"
   for platform, name in kernels.items():
     module = _module(name)
@@ -205,12 +203,6 @@ def _module(name: str):
   return modules.get(name) or importlib.import_module(
     f"tokjax.kernels.column_attention.{name}"
   )
-
-
-def _on_hopper() -> bool:
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  kind = "" if device is None else device.device_kind
-  return any(name in kind.upper().split() for name in _HOPPER)
 
 
 def _check(q, k, mask, row_weight, segment_ids, implementation):

@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from tokjax import checks
+from tokjax.kernels import hopper
 from tokjax.kernels.greedy_select import picks, reference, sharding, xla
 from tokjax.typing import Array, Bool, Float, Implementation, Int32
 
 __all__ = ["OBJECTIVES", "greedy_select"]
 
 OBJECTIVES = ("max_min", "max_sum", "coverage", "mmr", "dpp")
-
-# GPUs the Mosaic GPU kernel is compiled for.
-_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 def greedy_select(
@@ -191,7 +189,7 @@ def _dispatch(table, opening, bonus, *, implementation, **settings):
     return module.select(table, opening, bonus, **settings)
   branches = {"default": functools.partial(xla.select, **settings)}
   kernels = {"tpu": "pallas_tpu"}
-  if _on_hopper():
+  if hopper.on_hopper():
     kernels["cuda"] = "pallas_gpu"
   for platform, name in kernels.items():
     module = _module(name)
@@ -205,9 +203,3 @@ def _module(name: str):
   if name == "reference":
     return reference
   return importlib.import_module(f"tokjax.kernels.greedy_select.{name}")
-
-
-def _on_hopper() -> bool:
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  kind = "" if device is None else device.device_kind
-  return any(name in kind.upper().split() for name in _HOPPER)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tokjax import checks, compat
+from tokjax.kernels import hopper
 from tokjax.kernels.maxsim import reference, sharding, xla
 from tokjax.typing import Array, Bool, Float, Implementation, Int32
 
@@ -26,10 +27,6 @@ EMPTY_SCORE = reference.EMPTY_SCORE
 # Scratch of the plain-JAX version off CPU (on CPU a block is smaller still);
 # large enough that the matrix products fill an accelerator.
 DEFAULT_BUDGET_BYTES = 64 << 20
-
-# GPUs whose matrix instructions the Mosaic GPU kernel is written for. Later
-# generations have others.
-_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 class Alignment(NamedTuple):
@@ -497,7 +494,7 @@ def _dispatch(call, arrays, queries, documents, implementation):
     return call(module)(*arrays)
   branches = {"default": call(xla)}
   kernels = {"tpu": "pallas_tpu"}
-  if _on_hopper():
+  if hopper.on_hopper():
     kernels["cuda"] = "pallas_gpu"
   for platform, name in kernels.items():
     module = _module(name)
@@ -509,12 +506,6 @@ def _dispatch(call, arrays, queries, documents, implementation):
 def _module(name: str):
   """The module of an implementation; only its users import Pallas."""
   return importlib.import_module(f"tokjax.kernels.maxsim.{name}")
-
-
-def _on_hopper() -> bool:
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  kind = "" if device is None else device.device_kind
-  return any(name in kind.upper().split() for name in _HOPPER)
 
 
 def _budget(module, memory_budget_bytes):
