@@ -5,6 +5,8 @@ What the compilers themselves say is tested in tests/kernels/*_compile_*.
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -60,3 +62,27 @@ def test_missing_compiler_is_exit_code_2(capsys):
   printed = capsys.readouterr()
   assert 'pip install -e ".[aot]"' in printed.err
   assert [json.loads(line) for line in printed.out.splitlines()] == []
+
+
+CHATTER = """
+import os
+from tokjax.cli import compile
+from tokjax.parallel import topologies
+
+def devices_of(topology):
+  os.write(1, b"a compiler says hello\\n")
+  return [None]
+
+topologies.devices_of = devices_of
+compile._rows = lambda *words: iter([{"state": "compiled"}])
+raise SystemExit(compile.main(["--topology", "h100", "--in-this-process"]))
+"""
+
+
+def test_what_a_compiler_prints_is_no_row():
+  done = subprocess.run(
+    [sys.executable, "-c", CHATTER], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  assert json.loads(done.stdout) == {"state": "compiled"}
+  assert "a compiler says hello" in done.stderr

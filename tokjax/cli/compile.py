@@ -249,13 +249,17 @@ def _without(argv, option):
 
 def _compile_here(kind, options, overrides):
   topology = options.topology[0]
-  try:
-    devices = topologies.devices_of(topology)
-    for row in _rows(kind, options, overrides, topology, devices):
-      print(json.dumps(row), flush=True)
-  except (ModuleNotFoundError, ValueError) as error:
-    print(" ".join(str(error).split()), file=sys.stderr)
-    return 2
+  # Compilers write to standard output as they like: rows keep it to
+  # themselves, the rest goes where the messages go.
+  with os.fdopen(os.dup(1), "w") as output:
+    os.dup2(2, 1)
+    try:
+      devices = topologies.devices_of(topology)
+      for row in _rows(kind, options, overrides, topology, devices):
+        print(json.dumps(row), file=output, flush=True)
+    except (ModuleNotFoundError, ValueError) as error:
+      print(" ".join(str(error).split()), file=sys.stderr)
+      return 2
   return 0
 
 
