@@ -23,7 +23,7 @@ def write_binary(path, images, labels):
   path.write_bytes(np.concatenate([labels[:, None], planes], 1).tobytes())
 
 
-def same(got, images, labels):
+def assert_same(got, images, labels):
   np.testing.assert_array_equal(got.images, images)
   np.testing.assert_array_equal(got.labels, labels)
   assert got.classes == cifar10.CLASSES and got.labels.dtype == np.int32
@@ -35,8 +35,8 @@ def test_reads_an_archive(as_folder, tmp_path):
   np.savez(tmp_path / "cifar10.npz", **want)
   path = tmp_path if as_folder else tmp_path / "cifar10.npz"
   train, test = cifar10.load(path)
-  same(train, want["train_x"], want["train_y"])
-  same(test, want["test_x"], want["test_y"])
+  assert_same(train, want["train_x"], want["train_y"])
+  assert_same(test, want["test_x"], want["test_y"])
 
 
 def test_reads_binary_batches(tmp_path):
@@ -46,8 +46,8 @@ def test_reads_binary_batches(tmp_path):
   write_binary(tmp_path / "data_batch_2.bin", x[3:], y[3:])
   write_binary(tmp_path / "test_batch.bin", want["test_x"], want["test_y"])
   train, test = cifar10.load(tmp_path)
-  same(train, x, y)
-  same(test, want["test_x"], want["test_y"])
+  assert_same(train, x, y)
+  assert_same(test, want["test_x"], want["test_y"])
 
 
 @pytest.mark.parametrize(

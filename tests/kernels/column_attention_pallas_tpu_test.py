@@ -66,6 +66,21 @@ def test_is_the_reference(case, dtype):
   check(got, want, given[4])
 
 
+@pytest.mark.parametrize("case", ["edges", "causal, more rows", "windows"])
+def test_known_normalizers_save_a_pass(case):
+  given, causal, blocks = arrays(case)
+  settings = dict(scale=0.3, causal=causal)
+  want = reference.column_attention_forward(*given, **settings)
+  top = jnp.where(want[2] > 0, want[1] + jnp.log(want[2]), 0)
+  settings |= dict(block_sizes=blocks)
+  got = forward(*given, (top, want[2]), **settings, interpret=True)
+  check(got, want, given[4])
+  traced = forward.trace(*given, (top, want[2]), **settings)
+  program = traced.lower(lowering_platforms=("tpu",)).as_text()
+  assert "column_attention_columns" in program
+  assert "column_attention_rows" not in program
+
+
 def test_without_ids_or_padding():
   # 128 rows, 32 keys: whole tiles, so that no ids are compared.
   q = jax.random.normal(jax.random.key(0), (2, 2, 256, 16))

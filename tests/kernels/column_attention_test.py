@@ -1,6 +1,5 @@
 """Column attention in plain JAX against a float64 loop, and its properties."""
 
-import os
 import re
 
 import jax
@@ -12,9 +11,6 @@ from tests.kernels.arrays import takes_numpy
 from tokjax.kernels.column_attention import api, reference, xla
 from tokjax.kernels.column_attention.shapes import SHAPES
 
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 column_attention = takes_numpy(api.column_attention)
 PLAIN = ("reference", "xla")
 
@@ -98,6 +94,26 @@ def test_equals_a_loop(config, implementation, scratch, monkeypatch):
   for ours, theirs in zip(got, loop(*given, causal, 0.7), strict=True):
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+@pytest.mark.parametrize("config", ["grouped", "segments, causal"])
+def test_known_normalizers_give_the_same(config, implementation):
+  *sizes, segments, causal = CONFIGS[config]
+  q, k, mask, weight, ids = case(9, 40, *sizes, segments)
+  settings = dict(segment_ids=ids, causal=causal, implementation=implementation)
+  found = column_attention(q, k, mask, weight, **settings)
+  other = np.where(weight != 0, np.abs(weight) + 1, 0)
+  want = column_attention(q, k, mask, other, **settings)
+  got = column_attention(q, k, mask, other, normalizers=found, **settings)
+  for ours, theirs in zip(got, want, strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+  # They are what is used: half the probabilities, half of what is received.
+  half = found._replace(
+    log_normalizer=found.log_normalizer + np.log(2), highest=found.highest / 2
+  )
+  got = column_attention(q, k, mask, other, normalizers=half, **settings)
+  np.testing.assert_allclose(got.received, want.received / 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", PLAIN)
@@ -284,7 +300,7 @@ def test_shapes_count_one_product():
   assert decoder.heads % decoder.key_heads == 0
 
 
-@typechecked
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
   "change, message",
   [
@@ -312,7 +328,15 @@ def test_errors_name_the_argument(change, message):
     api.column_attention(**arrays)
 
 
-@typechecked
+@pytest.mark.unchecked
+def test_normalizers_must_be_of_the_rows():
+  x = jnp.zeros((1, 2, 4, 8))
+  found = api.column_attention(x[:, :, 1:], x)
+  with pytest.raises(ValueError, match=r"of \(1, 2, 4\) rows, got \(1, 2, 3\)"):
+    api.column_attention(x, x, normalizers=found)
+
+
+@pytest.mark.unchecked
 def test_dtypes_must_agree():
   x = jnp.zeros((1, 2, 4, 8))
   with pytest.raises(ValueError, match="one dtype, got float32 and bfloat16"):

@@ -67,7 +67,8 @@ def certify(got, table, mask, objective, bonus, first, trade_off, num_keep):
   """Fails unless the picks (index, gain, mask of one example) are greedy.
 
   Picks must equal the loop's while its best is ahead by more than 1e-5, and
-  every pick must be within 1e-5 of the best, given those before it.
+  every pick must be within 1e-5 of the best, given those before it, with the
+  gain that it has then.
   """
   args = (objective, bonus, first, trade_off, num_keep)
   index, gain, kept = (np.asarray(x) for x in got)
@@ -91,6 +92,7 @@ def certify(got, table, mask, objective, bonus, first, trade_off, num_keep):
     of = scores(table, picks[:step], objective, bonus, trade_off)
     free = [j for j in range(len(of)) if mask[j] and j not in picks[:step]]
     assert of[pick] >= max(of[j] for j in free) - 1e-5
+    assert abs(gain[step] - of[pick]) < 1e-5, (step, gain[step], of[pick])
 
 
 def cases(seed, batch, num_tokens, objective, *, grid, num_rows=None):

@@ -7,49 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.interpreters import mlir
-from jax._src.pallas.mosaic_gpu import core as mosaic_core
-from jax._src.pallas.mosaic_gpu import primitives as mosaic_primitives
-from jax._src.pallas.mosaic_gpu.interpret import (
-  interpret_pallas_call,
-  jaxpr_interpret,
-  params,
-)
-from jax._src.state import primitives as state_primitives
 
 from tests.kernels import greedy_oracle
 from tokjax.kernels.greedy_select import block_sizes, pallas_gpu, reference
 from tokjax.kernels.greedy_select.shapes import SHAPES
 
 OBJECTIVES = ("max_min", "max_sum", "mmr")
-
-
-def _as_get(eqn):
-  """`plgpu.load` is a read with a layout; the interpreter knows reads."""
-  if eqn.primitive is not mosaic_primitives.load_p:
-    return eqn
-  return eqn.replace(
-    primitive=state_primitives.get_p, params={"tree": eqn.params["tree"]}
-  )
-
-
-@pytest.fixture
-def interpreter(monkeypatch):
-  """Settings of the interpreter, taught to ignore layouts."""
-  mlir.register_lowering(
-    mosaic_core.layout_cast_p, lambda ctx, x, *, new_layout: [x]
-  )
-  interpret = jaxpr_interpret.JaxprInterpreter.interpret
-
-  def interpret_loads(self, jaxpr, token, *args):
-    jaxpr = jaxpr.replace(eqns=[_as_get(eqn) for eqn in jaxpr.eqns])
-    return interpret(self, jaxpr, token, *args)
-
-  monkeypatch.setattr(
-    jaxpr_interpret.JaxprInterpreter, "interpret", interpret_loads
-  )
-  interpret_pallas_call.reset_gpu_interpret_mode_state()
-  return params.InterpretGPUParams(uninitialized_memory="nan")
 
 
 def check(objective, batch, num_tokens, num_keep, dtype, interpret=False):

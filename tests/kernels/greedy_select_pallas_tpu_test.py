@@ -79,6 +79,9 @@ def test_dpp_picks_what_the_plain_loop_picks():
     interpret=True,
   )
   kept = np.asarray(gain) > -np.inf
+  np.testing.assert_array_equal(
+    kept.sum(axis=1), np.minimum(mask.sum(axis=1), 10)
+  )
   index = np.where(kept, index, 11)
   gain = np.where(kept, gain, 0)
   for b in range(40):

@@ -1,6 +1,5 @@
 """Documents back to back give what padded documents give."""
 
-import os
 
 import jax
 import jax.numpy as jnp
@@ -117,9 +116,7 @@ def test_no_token_at_all():
   np.testing.assert_array_equal(got, EMPTY_SCORE)
 
 
-@pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
+@pytest.mark.unchecked
 def test_errors_name_the_argument():
   (queries, tokens, ids, query_mask), _ = packed_and_padded(5)
   with pytest.raises(ValueError, match="queries_dim=6, tokens_dim=5"):

@@ -42,6 +42,7 @@ def column_attention(
   scale: float | None = None,
   causal: bool = False,
   segment_ids: Int32[Array, "B S"] | None = None,
+  normalizers: ColumnAttention | None = None,
   implementation: Implementation | None = None,
 ) -> ColumnAttention:
   """How much attention each key receives, without the attention matrix.
@@ -72,6 +73,9 @@ def column_attention(
       the last R of S tokens.
     segment_ids: rows and keys of equal id see each other, as in encoders with
       windows; then R == S. Negative ids see nothing and are not seen.
+    normalizers: what an earlier call returned for other weights and all else
+      alike: its softmax is used again, which saves the kernels a pass. Rows
+      that had weight zero there must have it here.
     implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu" runs that
       one or raises. None chooses when the program is lowered: the TPU kernel
       on TPU, "xla" elsewhere, and the GPU kernel only where the mesh of
@@ -102,11 +106,17 @@ def column_attention(
   "FlashAttention-2", with the values left out.
   """
   _check(q, k, mask, row_weight, segment_ids, implementation)
+  if normalizers is not None:
+    normalizers = normalizers[1:]
+    if any(x.shape != q.shape[:3] for x in normalizers):
+      raise ValueError(
+        f"normalizers must be those of {q.shape[:3]} rows, "
+        f"got {normalizers[0].shape}"
+      )
   if scale is None:
     scale = q.shape[-1] ** -0.5
-  q, k, row_weight = map(
-    lambda x: None if x is None else jax.lax.stop_gradient(x),
-    (q, k, row_weight),
+  q, k, row_weight, normalizers = jax.lax.stop_gradient(
+    (q, k, row_weight, normalizers)
   )
   return _column_attention(
     q,
@@ -114,6 +124,7 @@ def column_attention(
     mask,
     row_weight,
     segment_ids,
+    *(normalizers or (None, None)),
     scale=float(scale),
     causal=causal,
     implementation=implementation,
@@ -124,16 +135,33 @@ def column_attention(
   jax.jit, static_argnames=("scale", "causal", "implementation")
 )
 def _column_attention(
-  q, k, mask, row_weight, segment_ids, *, scale, causal, implementation
+  q,
+  k,
+  mask,
+  row_weight,
+  segment_ids,
+  log_normalizer,
+  highest,
+  *,
+  scale,
+  causal,
+  implementation,
 ):
-  def local(q, k, mask, row_weight, segment_ids):
-    q, k, mask, row_weight, segment_ids = compat.varying_together(
-      q, k, mask, row_weight, segment_ids
-    )
+  def local(*arrays):
+    arrays = compat.varying_together(*arrays)
+    q, k, mask, row_weight, segment_ids, log_normalizer, highest = arrays
     ids = _ids(q, k, mask, row_weight, segment_ids)
     weight = _weights(q, row_weight)
+    softmax = None
+    if highest is not None:
+      some = highest > 0
+      top = log_normalizer + jnp.log(jnp.where(some, highest, 1))
+      softmax = jnp.where(some, top, 0), highest
     received, log_normalizer, highest = _dispatch(
-      (q, k, *ids, weight), implementation, scale=scale, causal=causal
+      (q, k, *ids, weight, softmax),
+      implementation,
+      scale=scale,
+      causal=causal,
     )
     if row_weight is not None:
       live = weight != 0
@@ -141,7 +169,9 @@ def _column_attention(
       highest = jnp.where(live, highest, 0)
     return ColumnAttention(received, log_normalizer, highest)
 
-  return sharding.over_shards(local, q, k, mask, row_weight, segment_ids)
+  return sharding.over_shards(
+    local, q, k, mask, row_weight, segment_ids, log_normalizer, highest
+  )
 
 
 def _ids(q, k, mask, row_weight, segment_ids):

@@ -76,6 +76,7 @@ def column_attention_forward(
   row_ids: Int32[Array, "B R"] | None,
   key_ids: Int32[Array, "B S"] | None,
   row_weight: Float[Array, "B H R"],
+  softmax: tuple[Float[Array, "B H R"], Float[Array, "B H R"]] | None = None,
   *,
   scale: float,
   causal: bool,
@@ -89,6 +90,8 @@ def column_attention_forward(
     row_ids: a row sees the keys of its id; None, with `key_ids`, for all.
     key_ids: ids of the keys.
     row_weight: factor of each row, float32.
+    softmax: highest score and highest probability of each row, where they are
+      known; 0 where a row sees nothing.
     scale: factor of the inner products.
     causal: whether row i sees only keys j <= i + (S - R).
     interpret: settings of the Mosaic GPU interpreter; False on a GPU.
@@ -130,12 +133,18 @@ def column_attention_forward(
     masked=masked,
     columns=False,
   )
-  top, total = program.call(
-    (q, k, _tiles(row_ids, _STILL), _tiles(key_ids, _MOVING)), interpret
-  )
-  top, total = (x.reshape(batch * heads, -1) for x in (top, total))
-  highest = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
-  live = (weight != 0) & (total != 0)
+  if softmax is None:
+    top, total = program.call(
+      (q, k, _tiles(row_ids, _STILL), _tiles(key_ids, _MOVING)), interpret
+    )
+    top, total = (x.reshape(batch * heads, -1) for x in (top, total))
+    highest = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
+  else:
+    top, highest = (
+      _pad_axis(x, 2, _BLOCK).reshape(batch * heads, -1) for x in softmax
+    )
+    top *= _LOG2_E
+  live = (weight != 0) & (highest != 0)
   offset = jnp.where(live, top, 0)
   share = jnp.where(live, weight * highest, 0)
   (received,) = dataclasses.replace(program, columns=True).call(
@@ -152,7 +161,7 @@ def column_attention_forward(
     return x.reshape(batch, heads, -1)[..., :size]
 
   log_normalizer = top / _LOG2_E - jnp.log(highest)
-  log_normalizer = jnp.where(total == 0, -jnp.inf, log_normalizer)
+  log_normalizer = jnp.where(highest == 0, -jnp.inf, log_normalizer)
   return (
     shaped(received, num_keys),
     shaped(log_normalizer, num_rows),

@@ -78,6 +78,7 @@ def column_attention_forward(
   row_ids: Int32[Array, "B R"] | None,
   key_ids: Int32[Array, "B S"] | None,
   row_weight: Float[Array, "B H R"],
+  softmax: tuple[Float[Array, "B H R"], Float[Array, "B H R"]] | None = None,
   *,
   scale: float,
   causal: bool,
@@ -92,6 +93,8 @@ def column_attention_forward(
     row_ids: a row sees the keys of its id; None, with `key_ids`, for all.
     key_ids: ids of the keys.
     row_weight: factor of each row, float32.
+    softmax: highest score and highest probability of each row, where they are
+      known; 0 where a row sees nothing.
     scale: factor of the inner products.
     causal: whether row i sees only keys j <= i + (S - R).
     block_sizes: tile sizes; None takes the default rule.
@@ -131,9 +134,11 @@ def column_attention_forward(
   )
   *operands, row_weight = operands
   flat = (tiles.batch, tiles.heads, -1)
-  top, highest = (
-    x.reshape(flat)[..., :num_rows] for x in tiles.rows_pass(*operands)
-  )
+  if softmax is None:
+    softmax = (
+      x.reshape(flat)[..., :num_rows] for x in tiles.rows_pass(*operands)
+    )
+  top, highest = softmax
   live = row_weight != 0  # a row of weight zero may hold NaN
   received = tiles.columns_pass(
     *operands,

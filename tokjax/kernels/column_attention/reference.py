@@ -16,6 +16,7 @@ def column_attention_forward(
   row_ids: Int32[Array, "B R"] | None,
   key_ids: Int32[Array, "B S"] | None,
   row_weight: Float[Array, "B H R"],
+  softmax: tuple[Float[Array, "B H R"], Float[Array, "B H R"]] | None = None,
   *,
   scale: float,
   causal: bool,
@@ -34,6 +35,8 @@ def column_attention_forward(
     row_ids: a row sees the keys of its id; None, with `key_ids`, for all.
     key_ids: ids of the keys; ids that no row has hide a key.
     row_weight: factor of each row, float32.
+    softmax: highest score and highest probability of each row, where they are
+      known; 0 where a row sees nothing.
     scale: factor of the inner products.
     causal: whether row i sees only keys j <= i + (S - R).
 
@@ -54,10 +57,15 @@ def column_attention_forward(
   )
   if visible is not None:
     scores = jnp.where(visible[:, None], scores, -jnp.inf)
-  top = jnp.max(scores, axis=-1, keepdims=True)
-  top = jnp.where(top == -jnp.inf, 0, top)  # a row that sees nothing
-  exponential = jnp.exp(scores - top)
-  total = jnp.sum(exponential, axis=-1, keepdims=True)
+  if softmax is None:
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    top = jnp.where(top == -jnp.inf, 0, top)  # a row that sees nothing
+    exponential = jnp.exp(scores - top)
+    total = jnp.sum(exponential, axis=-1, keepdims=True)
+  else:
+    top, highest = (x[..., None] for x in softmax)
+    exponential = jnp.exp(scores - top)
+    total = jnp.where(highest == 0, 0, 1 / highest)
   probability = exponential / jnp.where(total == 0, 1, total)
   weighted = row_weight[..., None] * probability
   live = row_weight[..., None] != 0

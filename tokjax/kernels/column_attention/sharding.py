@@ -8,19 +8,22 @@ from collections.abc import Callable
 
 import jax
 
+from tokjax.kernels import sharding
+
 __all__ = ["over_shards"]
 
 
-def over_shards(local: Callable, q, k, mask, row_weight, segment_ids):
+def over_shards(local: Callable, q, k, mask, row_weight, segment_ids, *per_row):
   """Calls `local` on shards of the batch and of the heads.
 
   Args:
-    local: maps local shards of the five arrays to [B, H, ...] arrays.
+    local: maps local shards of all arrays to [B, H, ...] arrays.
     q: [B, H, R, d]; its sharding over B and H is everybody's.
     k: [B, Hk, S, d]; a single key head stays whole.
     mask: [B, S] or None.
     row_weight: [B, R], [B, H, R] or None.
     segment_ids: [B, S] or None.
+    *per_row: [B, H, R] or None.
 
   Returns:
     What `local` returns, for all shards.
@@ -35,7 +38,7 @@ def over_shards(local: Callable, q, k, mask, row_weight, segment_ids):
       f"q must be sharded over its first two axes only, got {spec}"
     )
   if batch is None and heads is None:
-    return local(q, k, mask, row_weight, segment_ids)
+    return local(q, k, mask, row_weight, segment_ids, *per_row)
   per_head = row_weight is not None and row_weight.ndim == 3
   specs = (
     jax.P(batch, heads),
@@ -43,16 +46,11 @@ def over_shards(local: Callable, q, k, mask, row_weight, segment_ids):
     jax.P(batch),
     jax.P(batch, heads) if per_head else jax.P(batch),
     jax.P(batch),
+    *(jax.P(batch, heads) for _ in per_row),
   )
-  arrays = tuple(
-    x if x is None else jax.sharding.reshard(x, spec)
-    for x, spec in zip(
-      (q, k, mask, row_weight, segment_ids), specs, strict=True
-    )
-  )
-  return jax.shard_map(
+  return sharding.over_shards(
     local,
-    mesh=jax.typeof(q).sharding.mesh,
-    in_specs=specs,
-    out_specs=jax.P(batch, heads),
-  )(*arrays)
+    (q, k, mask, row_weight, segment_ids, *per_row),
+    specs,
+    jax.P(batch, heads),
+  )

@@ -34,6 +34,7 @@ def column_attention_forward(
   row_ids: Int32[Array, "B R"] | None,
   key_ids: Int32[Array, "B S"] | None,
   row_weight: Float[Array, "B H R"],
+  softmax: tuple[Float[Array, "B H R"], Float[Array, "B H R"]] | None = None,
   *,
   scale: float,
   causal: bool,
@@ -46,6 +47,8 @@ def column_attention_forward(
     row_ids: a row sees the keys of its id; None, with `key_ids`, for all.
     key_ids: ids of the keys.
     row_weight: factor of each row, float32.
+    softmax: highest score and highest probability of each row, where they are
+      known; 0 where a row sees nothing.
     scale: factor of the inner products.
     causal: whether row i sees only keys j <= i + (S - R).
 
@@ -57,7 +60,10 @@ def column_attention_forward(
   group = heads // key_heads
   # Query heads that read one key head stand beside each other.
   q = q.reshape(batch, key_heads, group, num_rows, dim)
-  weight = row_weight.reshape(batch, key_heads, group, num_rows)
+  per_row = batch, key_heads, group, num_rows
+  weight = row_weight.reshape(per_row)
+  if softmax is not None:
+    softmax = tuple(x.reshape(per_row) for x in softmax)
 
   def block_rows(num_bytes, parallel):
     rows = num_bytes // (4 * num_keys * group * parallel)
@@ -68,21 +74,22 @@ def column_attention_forward(
       _one_key_head, block=block, scale=scale, causal=causal, widen=widen
     )
 
-  def one_by_one(q, k, row_ids, key_ids, weight):
+  def one_by_one(q, k, row_ids, key_ids, weight, softmax):
     head = one(block_rows(CPU_SCRATCH_BYTES, 1), widen=True)
 
     def example(arrays):
-      q, k, row_ids, key_ids, weight = arrays
+      q, k, row_ids, key_ids, weight, softmax = arrays
       return jax.lax.map(
-        lambda one: head(*one[:2], row_ids, key_ids, one[2]), (q, k, weight)
+        lambda one: head(*one[:2], row_ids, key_ids, *one[2:]),
+        (q, k, weight, softmax),
       )
 
-    return jax.lax.map(example, (q, k, row_ids, key_ids, weight))
+    return jax.lax.map(example, (q, k, row_ids, key_ids, weight, softmax))
 
-  def all_at_once(q, k, row_ids, key_ids, weight):
+  def all_at_once(q, k, row_ids, key_ids, weight, softmax):
     head = one(block_rows(SCRATCH_BYTES, batch * key_heads), widen=False)
-    heads = jax.vmap(head, in_axes=(0, 0, None, None, 0))
-    return jax.vmap(heads)(q, k, row_ids, key_ids, weight)
+    heads = jax.vmap(head, in_axes=(0, 0, None, None, 0, 0))
+    return jax.vmap(heads)(q, k, row_ids, key_ids, weight, softmax)
 
   received, log_normalizer, highest = jax.lax.platform_dependent(
     q,
@@ -90,6 +97,7 @@ def column_attention_forward(
     row_ids,
     key_ids,
     weight,
+    softmax,
     # Products of bfloat16 values are exact in float32, which CPUs are fast at.
     cpu=one_by_one,
     default=all_at_once,
@@ -102,7 +110,7 @@ def column_attention_forward(
 
 
 def _one_key_head(
-  q, k, row_ids, key_ids, weight, *, block, scale, causal, widen
+  q, k, row_ids, key_ids, weight, softmax, *, block, scale, causal, widen
 ):
   """Rows of a group of heads against the keys that they share.
 
@@ -112,6 +120,7 @@ def _one_key_head(
     row_ids: int32[R] or None.
     key_ids: int32[S] or None.
     weight: float32[G, R].
+    softmax: twice float32[G, R], or None.
     block: rows per step, at most R.
     scale: factor of the inner products.
     causal: whether row i sees only keys j <= i + (S - R).
@@ -150,16 +159,23 @@ def _one_key_head(
       visible = past if visible is None else visible & past
     if visible is not None:
       scores = jnp.where(visible[:, None, :], scores, -jnp.inf)
-    top = jnp.max(scores, axis=0)  # [G, r]
-    offset = jnp.where(top == -jnp.inf, 0, top)
-    exponential = jnp.exp(scores - offset[None])
-    total = jnp.einsum(
-      "s,sgr->gr",
-      jnp.ones_like(exponential[:, 0, 0]),
-      exponential,
-      precision="highest",
-    )
-    inverse = jnp.where(total == 0, 0, 1 / total)  # the highest probability
+    if softmax is None:
+      top = jnp.max(scores, axis=0)  # [G, r]
+      offset = jnp.where(top == -jnp.inf, 0, top)
+      exponential = jnp.exp(scores - offset[None])
+      total = jnp.einsum(
+        "s,sgr->gr",
+        jnp.ones_like(exponential[:, 0, 0]),
+        exponential,
+        precision="highest",
+      )
+      inverse = jnp.where(total == 0, 0, 1 / total)  # the highest probability
+    else:
+      offset, inverse = (
+        jax.lax.dynamic_slice_in_dim(x, start, block, 1) for x in softmax
+      )
+      exponential = jnp.exp(scores - offset[None])
+    normalizer = jnp.where(inverse == 0, -jnp.inf, offset - jnp.log(inverse))
     fresh = position >= i * block
     received += jnp.einsum(
       "sgr,gr->gs",
@@ -170,7 +186,7 @@ def _one_key_head(
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     return (
       received,
-      write(log_normalizer, offset + jnp.log(total), start),
+      write(log_normalizer, normalizer, start),
       write(highest, inverse, start),
     )
 

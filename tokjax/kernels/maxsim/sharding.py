@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import jax
 
+from tokjax.kernels import sharding
+
 __all__ = ["over_query_shards", "over_row_shards", "over_shards"]
 
 
@@ -29,8 +31,8 @@ def over_shards(local: Callable, queries, documents, query_mask, document_mask):
     ValueError: if an axis other than the first is sharded.
   """
   rows, columns = (
-    _first_axis("queries", queries),
-    _first_axis("documents", documents),
+    sharding.first_axis("queries", queries),
+    sharding.first_axis("documents", documents),
   )
   if set(_names(rows)) & set(_names(columns)):
     rows = None
@@ -55,8 +57,8 @@ def over_row_shards(local: Callable, *arrays):
   Raises:
     ValueError: if an axis other than the first is sharded.
   """
-  rows = _first_axis("queries", arrays[0])
-  _first_axis("documents", arrays[1])
+  rows = sharding.first_axis("queries", arrays[0])
+  sharding.first_axis("documents", arrays[1])
   return _mapped(local, arrays, (jax.P(rows),) * len(arrays), jax.P(rows))
 
 
@@ -75,7 +77,7 @@ def over_query_shards(local: Callable, of_queries: tuple, whole: tuple):
     ValueError: if one of `whole` is sharded, or the queries are sharded over
       another axis than the first.
   """
-  rows = _first_axis("queries", of_queries[0])
+  rows = sharding.first_axis("queries", of_queries[0])
   for x in whole:
     spec = tuple(jax.typeof(x).sharding.spec)
     if any(axis is not None for axis in spec):
@@ -85,26 +87,9 @@ def over_query_shards(local: Callable, of_queries: tuple, whole: tuple):
 
 
 def _mapped(local, arrays, in_specs, out_specs):
-  mesh = jax.typeof(arrays[0]).sharding.mesh
   if all(axis is None for spec in in_specs for axis in spec):
     return local(*arrays)
-  arrays = tuple(
-    x if x is None else jax.sharding.reshard(x, spec)
-    for x, spec in zip(arrays, in_specs, strict=True)
-  )
-  return jax.shard_map(
-    local, mesh=mesh, in_specs=in_specs, out_specs=out_specs
-  )(*arrays)
-
-
-def _first_axis(name, x):
-  """Mesh axes of the first axis on an Explicit mesh; None for unsharded."""
-  spec = tuple(jax.typeof(x).sharding.spec)
-  if any(axis is not None for axis in spec[1:]):
-    raise ValueError(
-      f"{name} must be sharded over its first axis only, got {spec}"
-    )
-  return spec[0] if spec else None
+  return sharding.over_shards(local, arrays, in_specs, out_specs)
 
 
 def _names(axis):
