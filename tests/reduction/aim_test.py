@@ -1,16 +1,10 @@
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.ops import merging_test
 from tokjax.reduction import aim
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
-
 
 merge = jax.jit(
   aim.aim_merge,
@@ -69,6 +63,39 @@ def test_equals_the_published_rounds(num_keep):
     assert out.size[b].sum() == 16
   assert out.mask.all()
   np.testing.assert_allclose(out.plan.weight.sum(axis=1), num_keep, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_keep", [1, 3, 6, merging_test.N])
+def test_random_cases_equal_rounds_by_loops(num_keep):
+  x, mask, *_ = merging_test.cases(num_keep, count=270)
+  out = jax.device_get(
+    merge(np.where(mask[..., None], x, np.nan), mask, num_keep=num_keep)
+  )
+  checked = 0
+  for b in range(len(x)):
+    index = np.flatnonzero(mask[b]).tolist()
+    tokens, left = x[b, index].astype(np.float64), merging_test.N
+    try:
+      for removed in aim.merge_rounds(left, num_keep):
+        outputs, groups = merging_test.oracle_match(
+          np.concatenate([tokens, np.zeros((left - len(tokens), 4))]),
+          np.arange(left) < len(tokens),
+          removed,
+          class_token=False,
+          distill_token=False,
+          every=2,
+          order="similarity",
+        )
+        tokens = np.array([tokens[g].mean(axis=0) for g in groups])
+        tokens, left = tokens.reshape(-1, 4), left - removed
+        index = [index[n] for n in outputs]
+    except merging_test.NearTie:
+      continue
+    checked += 1
+    assert out.index[b][out.mask[b]].tolist() == index
+    np.testing.assert_allclose(out.tokens[b][out.mask[b]], tokens, atol=1e-5)
+    assert out.size[b].sum() == mask[b].sum()
+  assert checked > 135
 
 
 def test_raster_order_merges_the_same_in_the_first_round():
@@ -160,9 +187,9 @@ def dense_pagerank(q, k, mask, temperature, steps, damping, causal, ghosts):
 )
 def test_pagerank_equals_the_dense_map(causal, damping, ghosts):
   random = np.random.default_rng(0)
-  q = random.normal(size=(5, 4, 12, 6))
-  k = random.normal(size=(5, 2, 12, 6))
-  mask = random.random((5, 12)) < 0.8
+  q = random.normal(size=(335, 4, 12, 6))
+  k = random.normal(size=(335, 2, 12, 6))
+  mask = random.random((335, 12)) < 0.8
   mask[:, 0] = mask[0] = True
   inputs = [jnp.asarray(a, jnp.float32) for a in (q, k)]
   if not ghosts:
@@ -186,27 +213,30 @@ def test_pagerank_of_one_head_is_a_distribution():
   np.testing.assert_allclose(got.sum(axis=1), 1, atol=1e-5)
 
 
-def test_prune_keeps_text_and_the_most_important():
+@pytest.mark.parametrize("num_keep", [1, 8, 12])
+def test_prune_keeps_text_and_the_most_important(num_keep):
   random = np.random.default_rng(0)
-  x = features(batch=50, n=12)
-  importance = random.random((50, 12)).astype(np.float32)
-  mask = random.random((50, 12)) < 0.8
-  text = np.zeros((50, 12), bool)
+  x = features(batch=340, n=12)
+  importance = random.random((340, 12)).astype(np.float32)
+  importance[::2] = np.round(importance[::2] * 4)  # ties
+  mask = random.random((340, 12)) < 0.8
+  mask[1] = False
+  text = np.zeros((340, 12), bool)
   text[:, :2] = text[:, -3:] = True
   out = jax.jit(aim.aim_prune, static_argnames="num_keep")(
-    x, importance, text, mask, num_keep=8
+    x, importance, text, mask, num_keep=num_keep
   )
-  for b in range(50):
+  for b in range(340):
     must = np.flatnonzero(text[b] & mask[b])
     may = np.flatnonzero(~text[b] & mask[b])
-    may = may[np.argsort(-importance[b, may])][: 8 - len(must)]
-    want = sorted([*must, *may])
+    may = may[np.argsort(-importance[b, may], kind="stable")]
+    want = sorted([*must, *may][:num_keep])
     assert out.index[b, : len(want)].tolist() == want
     assert out.mask[b].sum() == len(want)
     assert out.position_ids[b].tolist() == out.index[b].tolist()
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x = features()
   with pytest.raises(ValueError, match="num_keep must lie in 1..16, got 17"):

@@ -1,17 +1,11 @@
 """CATP: coverage with alignment, then two rankings inside the model."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tokjax.reduction.catp import catp_context, catp_query, catp_stage1
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 _STATIC = ("num_keep", "positions")
 stage1 = jax.jit(catp_stage1, static_argnames=(*_STATIC, "implementation"))
@@ -32,16 +26,17 @@ def circle(*degrees):
 
 
 def loop(x, text, num_keep, weight):
-  """Kept tokens, and the smallest lead of a choice over the next best."""
+  """Kept tokens, and the smallest lead of a choice over another token."""
   alike = (1 + unit(x) @ unit(x).T) / 2
   aligned = weight * (1 + unit(x) @ unit(text)) / 2
   best, kept, lead = np.zeros(len(x)), [], np.inf
   while len(kept) < min(num_keep, len(x)):
     gain = np.maximum(alike - best[:, None], 0).sum(axis=0) + aligned
+    gain = gain.round(12)  # equal tokens gain the same
     free = [j for j in range(len(x)) if j not in kept]
     order = sorted(free, key=lambda j: (-gain[j], j))
-    if len(order) > 1:
-      lead = min(lead, gain[order[0]] - gain[order[1]])
+    others = [j for j in free if (x[j] != x[order[0]]).any()]
+    lead = min([lead, *(gain[order[0]] - gain[others])])
     kept.append(order[0])
     best = np.maximum(best, alike[order[0]])
   return kept, lead
@@ -50,32 +45,29 @@ def loop(x, text, num_keep, weight):
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 def test_stage_1_equals_a_loop(weight):
   rng = np.random.default_rng(0)
-  x = rng.normal(size=(250, 9, 4)).astype(np.float32)
-  text = rng.normal(size=(250, 4)).astype(np.float32)
-  mask = rng.random((250, 9)) < 0.8
+  x = rng.normal(size=(300, 9, 4)).astype(np.float32)
+  x[200:, 5:] = x[200:, :4]
+  text = rng.normal(size=(300, 4)).astype(np.float32)
+  mask = rng.random((300, 9)) < 0.8
   mask[0] = False
   poisoned = jnp.asarray(np.where(mask[:, :, None], x, np.nan))
   for num_keep in (1, 4, 9):
-    got = stage1(
-      poisoned,
-      jnp.asarray(text),
-      jnp.asarray(mask),
-      num_keep=num_keep,
-      alignment_weight=weight,
+    got = jax.device_get(
+      stage1(poisoned, text, mask, num_keep=num_keep, alignment_weight=weight)
     )
-    assert np.isfinite(np.asarray(got.tokens)).all()
+    assert np.isfinite(got.tokens).all()
     sure = 0
-    for b in range(250):
+    for b in range(300):
       valid = np.flatnonzero(mask[b])
       want, lead = loop(x[b][valid], text[b], num_keep, weight)
-      kept = np.asarray(got.mask[b])
+      kept = got.mask[b]
       assert kept.sum() == len(want)
       if lead > 1e-5:
         sure += 1
         np.testing.assert_array_equal(
           got.index[b][kept], np.sort(valid[np.array(want, int)])
         )
-    assert sure > 100
+    assert sure > (150 if num_keep < 9 else 80)
 
 
 def test_stage_1_worked_example():
@@ -89,12 +81,17 @@ def test_stage_1_worked_example():
   assert again.position_ids[0].tolist() == [0, 1]
 
 
-def test_context_equals_a_ranking():
+@pytest.mark.parametrize("num_keep", [1, 4, 10])
+def test_context_equals_a_ranking(num_keep):
   rng = np.random.default_rng(1)
-  x = rng.normal(size=(300, 10, 4)).astype(np.float32)
-  now, before = rng.random((2, 300, 10)).astype(np.float32) / 4
-  mean = rng.normal(size=(300, 4)).astype(np.float32)
-  mask = rng.random((300, 10)) < 0.8
+  x = rng.normal(size=(350, 10, 4)).astype(np.float32)
+  now, before = rng.random((2, 350, 10)).astype(np.float32) / 4
+  mean = rng.normal(size=(350, 4)).astype(np.float32)
+  # Axes and eighths, with ties.
+  x[200:] = np.eye(4)[rng.integers(0, 4, (150, 10))]
+  mean[200:] = np.eye(4)[rng.integers(0, 4, 150)]
+  now[200:], before[200:] = rng.integers(0, 3, (2, 150, 10)) / 8
+  mask = rng.random((350, 10)) < 0.8
   mask[0] = False
   hide = ~mask
   arrays = (
@@ -104,14 +101,17 @@ def test_context_equals_a_ranking():
     mean,
     mask,
   )
-  got = context(*map(jnp.asarray, arrays), num_keep=4)
-  of_query = query(*(jnp.asarray(arrays[i]) for i in (0, 3, 4)), num_keep=4)
-  for b in range(300):
+  arrays = tuple(map(jnp.asarray, arrays))
+  got = jax.device_get(context(*arrays, num_keep=num_keep))
+  of_query = jax.device_get(
+    query(*(arrays[i] for i in (0, 3, 4)), num_keep=num_keep)
+  )
+  for b in range(350):
     cosine = unit(x[b]) @ unit(mean[b])
     growth = np.maximum(np.float64(now[b]) - before[b], 0)
     for out, score in ((got, growth + 0.6 * cosine), (of_query, cosine)):
       valid = np.flatnonzero(mask[b])
-      want = sorted(valid, key=lambda j, score=score: -score[j])[:4]
+      want = sorted(valid, key=lambda j, score=score: -score[j])[:num_keep]
       kept = np.asarray(out.mask[b])
       np.testing.assert_array_equal(out.index[b][kept], np.sort(want))
 
@@ -158,7 +158,7 @@ def test_gradient_flows_through_kept_features_only(stage):
   np.testing.assert_array_equal(gradient, want)
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors_name_the_argument():
   x, mean, row = jnp.ones((2, 6, 3)), jnp.ones((2, 3)), jnp.ones((2, 6))
   for message, call in {

@@ -1,17 +1,13 @@
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.ops import medoids_test
 from tests.ops.medoids_test import Oracle
 from tokjax.reduction import center_clip as cc
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def run(function, *arrays, **settings):
@@ -111,6 +107,30 @@ def test_segments_of_the_published_code_count_by_their_last_frame():
   np.testing.assert_array_equal(theirs.tokens, whole.tokens)
   np.testing.assert_array_equal(ours.tokens[:, 0], whole.tokens[:, 0])
   np.testing.assert_array_equal(ours.tokens[:, 1, 0], x[:, 2, 0])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("num_keep", [1, 4, medoids_test.N])
+def test_center_clip_equals_the_oracle(num_keep, whole):
+  x, mask = medoids_test.cases(num_keep, 180, whole)
+  poisoned = np.where(mask[..., None], x, np.nan)
+  found = jax.device_get(
+    run(cc.center_clip, poisoned, jnp.asarray(mask), num_keep=num_keep)
+  )
+  checked = 0
+  for b in range(len(x)):
+    if num_keep == medoids_test.N:
+      want = np.flatnonzero(mask[b]).tolist()
+    else:
+      oracle = Oracle(x[b], mask[b], num_keep)
+      if not whole and oracle.gap < 1e-5:
+        continue
+      want = oracle.index
+    checked += 1
+    assert found.index[b][found.mask[b]].tolist() == want
+    np.testing.assert_array_equal(found.tokens[b][: len(want)], x[b, want])
+    assert not found.tokens[b][len(want) :].any()
+  assert checked > 170
 
 
 def test_center_clip_on_a_line():
@@ -242,7 +262,7 @@ def test_positions_may_be_renumbered():
   assert kept.position_ids.tolist() == [[1, 4]]
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x = jnp.ones((2, 6, 5, 3))
   with pytest.raises(ValueError, match="x_frames must be a multiple of 4"):

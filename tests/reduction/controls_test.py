@@ -1,6 +1,5 @@
 """The controls: random, uniform, pooled, down-sampled."""
 
-import os
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +7,6 @@ import numpy as np
 import pytest
 
 from tokjax.reduction import controls
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def case(seed, batch=200, tokens=12, width=3):
@@ -169,7 +164,7 @@ def test_downsample_averages_pixels():
   np.testing.assert_array_equal(same, image)
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors_name_the_argument():
   features, mask = map(jnp.asarray, case(0, batch=2))
   message = "features_tokens=12, mask_tokens=11"

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,6 @@ import numpy as np
 import pytest
 
 from tokjax.reduction.divprune import divprune
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 run = jax.jit(
   divprune,
@@ -238,7 +233,7 @@ def test_bfloat16_keeps_nearly_the_same_tokens():
   np.testing.assert_array_equal(low.index, exact.index)
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors_name_the_argument():
   x = jax.ShapeDtypeStruct((2, 6, 3), jnp.float32)
 

@@ -1,7 +1,6 @@
 """ToDRE: both objectives of stage 1, and the decision of stage 2."""
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,6 @@ from tokjax.reduction.todre import (
   todre,
 )
 
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
-
 run = jax.jit(
   todre,
   static_argnames=("num_keep", "objective", "positions", "implementation"),
@@ -28,7 +23,7 @@ run = jax.jit(
 
 
 def loop(x, pivot, mask, num_keep, objective):
-  """Kept tokens, and the smallest lead of a choice over the next best."""
+  """Kept tokens, and the smallest lead of a choice over another token."""
   x = np.asarray(x, np.float64)
   unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
   cosine = unit @ unit.T
@@ -40,12 +35,13 @@ def loop(x, pivot, mask, num_keep, objective):
       continue
     free = [j for j in valid if j not in kept]
     if objective == "max_sum":
-      score = {j: sum(cosine[c, j] for c in kept) for j in free}
+      score = {j: round(sum(cosine[c, j] for c in kept), 12) for j in free}
     else:
-      score = {j: max(cosine[c, j] for c in kept) for j in free}
+      score = {j: round(max(cosine[c, j] for c in kept), 12) for j in free}
     order = sorted(free, key=lambda j: (score[j], j))
-    if len(order) > 1:
-      lead = min(lead, score[order[1]] - score[order[0]])
+    # Of equal tokens the lower one wins.
+    others = [j for j in free if (x[j] != x[order[0]]).any()]
+    lead = min([lead, *(score[j] - score[order[0]] for j in others)])
     kept.append(order[0])
   return kept, lead
 
@@ -54,28 +50,25 @@ def loop(x, pivot, mask, num_keep, objective):
 def test_stage_1_equals_a_loop(objective):
   rng = np.random.default_rng(0)
   x = rng.normal(size=(300, 10, 5)).astype(np.float32)
+  x[200:, 6:] = x[200:, :4]
   mask = rng.random((300, 10)) < 0.8
   mask[0] = False
   pivot = rng.integers(0, 10, 300).astype(np.int32)
   poisoned = jnp.asarray(np.where(mask[:, :, None], x, np.nan))
   for num_keep in (1, 4, 10):
-    got = run(
-      poisoned,
-      jnp.asarray(pivot),
-      jnp.asarray(mask),
-      num_keep=num_keep,
-      objective=objective,
+    got = jax.device_get(
+      run(poisoned, pivot, mask, num_keep=num_keep, objective=objective)
     )
-    assert np.isfinite(np.asarray(got.tokens)).all()
+    assert np.isfinite(got.tokens).all()
     sure = 0
     for b in range(300):
       want, lead = loop(x[b], pivot[b], mask[b], num_keep, objective)
-      kept = np.asarray(got.mask[b])
+      kept = got.mask[b]
       assert kept.sum() == len(want)
       if lead > 1e-5:
         sure += 1
         np.testing.assert_array_equal(got.index[b][kept], np.sort(want))
-    assert sure > 290
+    assert sure > (290 if num_keep < 10 else 200)
 
 
 def circle(*degrees):
@@ -202,7 +195,7 @@ def test_four_token_example():
   assert bool(should_drop(got)[0])
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors_name_the_argument():
   x, pivot = jnp.ones((2, 6, 3)), jnp.zeros(2, jnp.int32)
   for message, call in {

@@ -1,5 +1,3 @@
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +5,6 @@ import pytest
 
 from tokjax.ops import packing, plans
 from tokjax.reduction import token_transforming as tt
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 N = 10
 
@@ -21,10 +15,12 @@ transform = jax.jit(
 )
 
 
-def arrays(seed=0, batch=30):
+def arrays(seed=0, batch=30, ties=False):
   random = np.random.default_rng(seed)
   x, metric = random.normal(size=(2, batch, N, 4))
   score = random.random((batch, N))
+  if ties:
+    score = np.ceil(score * 4) / 4
   mask = random.random((batch, N)) < 0.8
   mask[:, 0] = mask[:3] = True
   mask[3:4, 2:] = False
@@ -87,7 +83,12 @@ def oracle(
   ],
 )
 def test_equals_a_loop(num_keep, protected, sources):
-  x, metric, score, mask, size = arrays()
+  x, metric, score, mask, size = (
+    jnp.concatenate(pair)
+    for pair in zip(
+      arrays(batch=85), arrays(1, batch=85, ties=True), strict=True
+    )
+  )
   poisoned = [jnp.where(mask[..., None], a, jnp.nan) for a in (x, metric)]
   out = jax.jit(
     lambda *a: transform(
@@ -244,7 +245,7 @@ def test_reductions_compose():
   np.testing.assert_allclose(two.size.sum(axis=1), N, rtol=1e-5)
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x, metric, score, mask, size = arrays(batch=2)
   with pytest.raises(ValueError, match="num_keep must lie in 1..10, got 11"):

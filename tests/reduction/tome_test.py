@@ -1,17 +1,11 @@
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.ops import merging_test
 from tokjax.ops import plans
 from tokjax.reduction import tome
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
-
 
 merge = jax.jit(
   tome.tome,
@@ -43,6 +37,38 @@ def test_worked_example():
   raster = merge(X, X, num_keep=5, order="raster", positions="renumber")
   assert raster.index[0].tolist() == [1, 2, 3, 4, 5]
   assert raster.position_ids[0].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("num_keep", [5, 7, merging_test.N])
+def test_equals_a_loop(num_keep, class_token):
+  metric, mask, size, _, x = merging_test.cases(num_keep, count=200)
+  poisoned = [np.where(mask[..., None], a, np.nan) for a in (x, metric)]
+  out = jax.device_get(
+    merge(*poisoned, mask, size, num_keep=num_keep, class_token=class_token)
+  )
+  checked = 0
+  for i in range(len(x)):
+    try:
+      outputs, groups = merging_test.oracle_match(
+        metric[i],
+        mask[i],
+        merging_test.N - num_keep,
+        class_token=class_token,
+        distill_token=False,
+        every=2,
+        order="ascending" if class_token else "similarity",
+      )
+    except merging_test.NearTie:
+      continue
+    checked += 1
+    assert out.index[i, : len(outputs)].tolist() == outputs
+    assert out.mask[i].sum() == len(outputs)
+    for k, group in enumerate(groups):
+      want = np.average(x[i, group], axis=0, weights=size[i, group])
+      np.testing.assert_allclose(out.tokens[i, k], want, atol=1e-5)
+      assert out.size[i, k] == size[i, group].sum()
+  assert checked > 190
 
 
 def test_every_third_keeps_a_third():
@@ -155,7 +181,7 @@ def test_track_sources_follows_dropped_tokens():
   assert slot.tolist() == [[0, 2, 2, 1]]
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x, metric = arrays()
   with pytest.raises(ValueError, match="num_keep must lie in 1..12, got 13"):

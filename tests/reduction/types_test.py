@@ -1,5 +1,3 @@
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +5,6 @@ import pytest
 
 from tokjax.ops import plans
 from tokjax.reduction import types
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def features(batch=2, n=6, dim=3):
@@ -32,6 +26,32 @@ def test_selected_sorts_and_masks():
   np.testing.assert_array_equal(out.tokens[0, :2], x[0, jnp.array([3, 4])])
   np.testing.assert_array_equal(out.tokens[1], x[1, jnp.array([0, 2, 5])])
   assert not np.any(out.tokens[0, 2])
+
+
+@pytest.mark.parametrize("num_keep", [1, 4, 6])
+def test_highest_equals_a_sort(num_keep):
+  random = np.random.default_rng(0)
+  x, scores = features(300), random.integers(0, 4, (300, 6)) / 4
+  mask = random.random((300, 6)) < 0.7
+  mask[0] = False
+  out = jax.device_get(
+    types.highest(
+      jnp.where(mask[..., None], x, jnp.nan),
+      jnp.asarray(np.where(mask, scores, np.nan), jnp.float32),
+      jnp.asarray(mask),
+      num_keep=num_keep,
+      positions="renumber",
+    )
+  )
+  for b in range(300):
+    order = sorted(np.flatnonzero(mask[b]), key=lambda n: (-scores[b, n], n))
+    want = sorted(order[:num_keep])
+    assert out.index[b][out.mask[b]].tolist() == want
+    np.testing.assert_array_equal(out.tokens[b, : len(want)], x[b, want])
+    assert not out.tokens[b, len(want) :].any()
+  np.testing.assert_array_equal(out.position_ids[1], np.arange(num_keep))
+  unmasked = types.highest(x, jnp.ones((300, 6)), num_keep=num_keep)
+  np.testing.assert_array_equal(unmasked.index[0], np.arange(num_keep))
 
 
 def test_positions():
@@ -141,7 +161,14 @@ def test_the_result_is_a_pytree_under_vmap():
   jax.tree.map(np.testing.assert_allclose, got, want)
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   with pytest.raises(ValueError, match="positions must be one of 'keep'"):
     types.selected(features(), PICKS, positions="compact")
+  x, scores = features(), jnp.ones((2, 6))
+  with pytest.raises(ValueError, match="features_tokens=6, scores_tokens=5"):
+    types.highest(x, scores[:, 1:], num_keep=2)
+  with pytest.raises(ValueError, match="features_tokens=6, mask_tokens=5"):
+    types.highest(x, scores, scores[:, 1:] > 0, num_keep=2)
+  with pytest.raises(ValueError, match="num_keep must lie in 1..6, got 7"):
+    types.highest(x, scores, num_keep=7)

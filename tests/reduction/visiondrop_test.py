@@ -1,15 +1,10 @@
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.reduction import visionzip_test
 from tokjax.reduction import visiondrop, visionzip
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 START, STOP, LENGTH = 2, 12, 15
 
@@ -137,6 +132,47 @@ def test_encoder_stage(class_token):
     assert (out.index[:, 0] == 0).all()
 
 
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("counts", [(1, 0), (3, 2), (9, 6)])
+def test_random_cases_equal_loops(counts, class_token):
+  x, q, k = arrays(sum(counts), batch=180, heads=2)
+  q = q.at[:30].set(0)  # ties: all attend to all alike
+  mask = np.random.default_rng(1).random((180, LENGTH)) < 0.75
+  mask[:, 0] = True  # the class token is there
+  mask[30:33] = True
+  hidden = mask[:, None, :, None]
+  out = jax.jit(
+    lambda x, q, k, mask: visiondrop.encoder_stage(
+      x,
+      q,
+      k,
+      mask,
+      num_dominant=counts[0],
+      num_contextual=counts[1],
+      class_token=class_token,
+    )
+  )(
+    jnp.where(mask[..., None], x, jnp.nan),
+    jnp.where(hidden, q, jnp.nan),
+    jnp.where(hidden, k, jnp.nan),
+    mask,
+  )
+  dense = attention_map(q, k, mask, causal=False)
+  if class_token:
+    score = dense[:, :, 0].sum(axis=1)
+    score[:, 0] = np.inf
+  else:
+    score = (dense * mask[:, None, :, None]).mean(axis=(1, 2))
+  # Ties are exact; what rounding could turn round is left out.
+  score = score.round(9)
+  ordered = np.sort(score, axis=1)
+  gaps = np.diff(ordered, axis=1)
+  sure = np.where(gaps > 0, gaps, 1).min(axis=1) > 1e-6
+  given = [np.asarray(a) for a in (x, np.mean(k, axis=1), score, mask)]
+  out, given = jax.tree.map(lambda a: np.asarray(a)[sure], (out, given))
+  assert visionzip_test.check(out, *given, *counts) > 150
+
+
 def test_gradient_reaches_hidden_states_only():
   x, q, k = arrays(batch=1)
   gradients = jax.grad(
@@ -153,7 +189,7 @@ def test_gradient_reaches_hidden_states_only():
   assert not np.any(gradients[1]) and not np.any(gradients[2])
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x, q, k = arrays()
   stage = dict(num_dominant=3, num_contextual=2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from tokjax import checks
 from tokjax.kernels.greedy_select import greedy_select
-from tokjax.ops import packing, similarity
+from tokjax.ops import similarity
 from tokjax.reduction import types
 from tokjax.typing import Array, Bool, Float, Implementation
 
@@ -153,7 +153,9 @@ def catp_context(
   mask = _all_valid(hidden, mask)
   cosine = jax.vmap(_cosine)(hidden, query_mean, mask)
   score = jnp.maximum(growth, 0) + relevance_weight * cosine
-  return _best(hidden, score, mask, num_keep, positions)
+  return types.highest(
+    hidden, score, mask, num_keep=num_keep, positions=positions
+  )
 
 
 def catp_query(
@@ -199,7 +201,9 @@ def catp_query(
   checks.in_range(1, hidden.shape[1], num_keep=num_keep)
   mask = _all_valid(hidden, mask)
   score = jax.vmap(_cosine)(hidden, context_mean, mask)
-  return _best(hidden, score, mask, num_keep, positions)
+  return types.highest(
+    hidden, score, mask, num_keep=num_keep, positions=positions
+  )
 
 
 def _all_valid(features, mask):
@@ -207,11 +211,6 @@ def _all_valid(features, mask):
     return jnp.ones_like(features[:, :, 0], dtype=bool)
   checks.same_size(tokens=features.shape[1], mask_tokens=mask.shape[1])
   return mask
-
-
-def _best(hidden, score, mask, num_keep, positions):
-  kept = packing.keep_top_k(score, num_keep, mask)
-  return types.selected(hidden, kept.index, kept.mask, positions=positions)
 
 
 def _unit(x, mask=None):

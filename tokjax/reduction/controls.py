@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tokjax import checks
-from tokjax.ops import packing, plans
+from tokjax.ops import plans
 from tokjax.reduction import types
 from tokjax.typing import Array, Bool, Float, Key
 
@@ -61,8 +61,9 @@ def random_keep(
   keys = jax.random.split(key, features.shape[0])
   num_tokens = features.shape[1]
   scores = jax.vmap(lambda key: jax.random.uniform(key, (num_tokens,)))(keys)
-  kept = packing.keep_top_k(scores, num_keep, mask)
-  return types.selected(features, kept.index, kept.mask, positions=positions)
+  return types.highest(
+    features, scores, mask, num_keep=num_keep, positions=positions
+  )
 
 
 def uniform_keep(

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from tokjax import checks
-from tokjax.ops import plans
+from tokjax.ops import packing, plans
 from tokjax.typing import Array, Bool, Float, Int32
 
-__all__ = ["Reduced", "fused", "positions", "selected"]
+__all__ = ["Reduced", "fused", "highest", "positions", "selected"]
 
 
 class Reduced(NamedTuple):
@@ -119,6 +119,51 @@ def positions(
   return jnp.cumsum(jnp.ones_like(index), axis=-1) - 1
 
 
+def highest(
+  features: Float[Array, "B N D"],
+  scores: Float[Array, "B N"],
+  mask: Bool[Array, "B N"] | None = None,
+  *,
+  num_keep: int,
+  positions: str = "keep",
+) -> Reduced:
+  """The tokens with the highest scores, in their original order.
+
+  What every method does in the end that ranks tokens by one number.
+
+  Args:
+    features: all tokens; kept ones keep their gradient.
+    scores: one per token; no gradient flows. A valid NaN is the lowest of all.
+    mask: True where a token may be kept; None for all.
+    num_keep: tokens to keep, static, at most N.
+    positions: "keep" or "renumber", see `positions`.
+
+  Returns:
+    The kept tokens. Ties go to the lower index; with fewer than `num_keep`
+    valid tokens all of them are kept and the rest is masked.
+
+  Raises:
+    ValueError: if the token axes disagree or `num_keep` is out of range.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> scores = jnp.array([[0.1, 0.4, 0.2, 0.4]])
+    >>> highest(jnp.ones((1, 4, 2)), scores, num_keep=2).index.tolist()
+    [[1, 3]]
+
+  Cost: a selection of `num_keep` among N numbers, and a gather.
+
+  Source: ours.
+  """
+  num_tokens = features.shape[1]
+  checks.same_size(features_tokens=num_tokens, scores_tokens=scores.shape[1])
+  if mask is not None:
+    checks.same_size(features_tokens=num_tokens, mask_tokens=mask.shape[1])
+  checks.in_range(1, num_tokens, num_keep=num_keep)
+  kept = packing.keep_top_k(scores, num_keep, mask)
+  return selected(features, kept.index, kept.mask, positions=positions)
+
+
 def selected(
   features: Float[Array, "*batch N D"],
   picks: Int32[Array, "*batch K"],
@@ -187,7 +232,7 @@ def fused(
 
   Example:
     >>> import jax.numpy as jnp
-    >>> from tokjax.ops import plans
+    >>> from tokjax.ops import packing, plans
     >>> plan = plans.Merge(jnp.array([[0, 0, 1]]), jnp.array([[0.5, 0.5, 1.0]]))
     >>> x = jnp.array([[[1.0], [3.0], [5.0]]])
     >>> out = fused(x, plan, jnp.array([[0, 2]]))

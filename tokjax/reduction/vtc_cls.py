@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from tokjax import checks
-from tokjax.ops import attention_scores, packing
+from tokjax.ops import attention_scores
 from tokjax.reduction import types
 from tokjax.typing import Array, Bool, Float
 
@@ -115,13 +115,6 @@ def vtc_cls(
 
   Source: as `cls_scores`. Evaluated at 256, 128 and 64 of 576 tokens.
   """
-  checks.same_size(
-    features_tokens=features.shape[1], scores_tokens=scores.shape[1]
+  return types.highest(
+    features, scores, mask, num_keep=num_keep, positions=positions
   )
-  if mask is not None:
-    checks.same_size(
-      features_tokens=features.shape[1], mask_tokens=mask.shape[1]
-    )
-  checks.in_range(1, features.shape[1], num_keep=num_keep)
-  kept = packing.keep_top_k(scores, num_keep, mask)
-  return types.selected(features, kept.index, kept.mask, positions=positions)
