@@ -17,6 +17,7 @@ os.environ["JAX_DEBUG_KEY_REUSE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -41,3 +42,16 @@ def bounded_caches():
   yield
   if next(_modules) % 10 == 0:
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def annotations(request):
+  """Checks every annotation, except in tests with the mark `unchecked`.
+
+  Those ask what tokjax itself says of an argument that the annotation already
+  forbids.
+  """
+  marked = request.node.get_closest_marker("unchecked") is not None
+  jaxtyping.config.update("jaxtyping_disable", marked)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)

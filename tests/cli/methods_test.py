@@ -12,6 +12,7 @@ from flax import nnx
 from tests.cli.commands_test import run
 from tokjax.cli import encode, index, search
 from tokjax.data import corpus
+from tokjax.eval import comparison
 from tokjax.models import checkpoints, saving
 from tokjax.retrieval import (
   codecs,
@@ -65,17 +66,22 @@ def directly(folder, beir, method):
   parts = checkpoint.tokenizer, checkpoint.encoder, checkpoint.head
   k = len(texts.ids)
   if method.name == "colberter":
-    documents = colberter_texts.encode_documents(
+    documents, ids = colberter_texts.encode_documents(
       texts.texts, *parts, progress=False
-    ).documents
-    queries = colberter_texts.encode_queries([QUERY], *parts).queries
-    stored = token_index.store_vectors(documents.pooled, name="float16")
+    )
+    queries, query_ids = colberter_texts.encode_queries([QUERY], *parts)
+    exact = checkpoint.head.config.exact_match
+    made = token_index.build(
+      documents.tokens, documents.offsets, word_ids=ids if exact else None,
+      candidates={
+        "cls": token_index.store_vectors(documents.pooled, name="float16")
+      },
+    )  # fmt: skip
     found = colberter_texts.search_fused(
-      token_index.build(
-        documents.tokens, documents.offsets, candidates={"cls": stored}
-      ),
-      *map(jnp.asarray, queries),
+      made,
+      *map(jnp.asarray, queries[:3]),
       checkpoint.head.fusion[...],
+      jnp.asarray(query_ids) if exact else None,
       k=k,
     )
     return [texts.ids[i] for i in found.index[0]]
@@ -284,7 +290,8 @@ def test_what_words_cannot_do_is_one_clear_line(
   for words, text in (
     (("index", beir, tmp_path / "i", "--method", "xtr"), "must be 'colberter'"),
     (("index", beir, tmp_path / "j", "--fde", 1280), "fde must be 0"),
-    (("evaluate", beir), "must be 'colberter' for a ColBERTer head"),
+    (("evaluate", beir, "--methods", "maxsim"), "one of 'bm25', 'dense', 'col"),
+    (("evaluate", beir, "--document-length", 9), "document_length must be"),
   ):
     code, _, err = run(capsys, *words, "--model", folder)
     assert code == 2 and text in err and err.count("\n") == 1
@@ -294,7 +301,64 @@ def test_what_words_cannot_do_is_one_clear_line(
   assert code == 2 and "mode must be one of 'cls', 'exact'" in err
 
 
-def test_words_to_match_are_refused(trained, beir, tmp_path, capsys):
-  folder = trained("colberter", exact_match=True)
-  code, _, err = run(capsys, "index", beir, tmp_path / "i", "--model", folder)
-  assert code == 2 and "exact_match of the head must be False" in err
+UNI = {"exact_match": True, "compressed_dim": 1}
+
+
+def test_one_number_a_word_is_indexed_and_searched(
+  trained, beir, tmp_path, capsys
+):
+  folder, place = trained("colberter", **UNI), tmp_path / "index"
+  build(capsys, beir, place, "--model", folder)
+  stored = index_files.open_index(place)
+  read = stored.load()
+  assert read.payload["values"].shape == (len(read.word_ids), 1)
+  assert stored.manifest["format_version"] == 2
+  want = directly(folder, beir, METHODS["colberter"])
+  assert searched(capsys, place) == want
+  assert searched(capsys, place, "--mode", "exact") == want
+  # By way of a file: what is kept there is what is compared.
+  file, second = tmp_path / "encoded.safetensors", tmp_path / "second"
+  assert run(capsys, "encode", beir, file, "--model", folder)[0] == 0
+  build(capsys, file, second)
+  np.testing.assert_array_equal(
+    index_files.open_index(second).load().word_ids, read.word_ids
+  )
+  # Added and deleted documents keep index and words together.
+  build(capsys, _one(tmp_path), place, "--model", folder, "--add")
+  index_files.delete(place, [want[0]])
+  index_files.compact(place)
+  found = searched(capsys, place)
+  assert [name for name in found if name != "new"] == want[1:]
+  assert "new" in found
+
+
+def test_bytes_of_words_to_match_are_counted(trained, beir, tmp_path, capsys):
+  """The same vectors with and without ids: four bytes a word, and metadata."""
+  sizes = {}
+  for exact_match in (False, True):
+    folder = trained("colberter", **UNI | {"exact_match": exact_match})
+    place = tmp_path / str(exact_match)
+    build(capsys, beir, place, "--model", folder)
+    sizes[exact_match] = index_files.open_index(place).num_bytes
+  words = len(index_files.open_index(place).load().word_ids)
+  assert 4 * words <= sizes[True] - sizes[False] <= 4 * words + 1024
+  # Weights are the same, so that only the words tell the indexes apart.
+  code, _, err = run(
+    capsys, "search", tmp_path / "False", "wing", "--model", folder
+  )
+  assert code == 2 and "query_word_ids must be None for an index" in err
+
+
+@pytest.mark.parametrize("exact_match", [False, True])
+def test_words_are_evaluated(trained, beir, capsys, exact_match):
+  folder = trained("colberter", **UNI | {"exact_match": exact_match})
+  code, out, err = run(capsys, "evaluate", beir, "--model", folder, "--json")
+  assert code == 0, err
+  rows = {row["name"]: row for row in map(json.loads, out.splitlines())}
+  assert list(rows) == list(comparison.WORD_METHODS)
+  # 12 documents, all of them candidates.
+  both, ranked = rows["colberter"], rows["dense+colberter"]
+  assert ranked["metrics"] == both["metrics"]
+  assert ranked["exact_overlap"] == 1.0 and rows["bm25"]["exact_overlap"] < 1
+  # Pages of 16 rows: a float16 and, with exact match, an id for each.
+  assert both["bytes_per_document"] > 16 * (6 if exact_match else 2)

@@ -16,9 +16,6 @@ from tokjax.data import batches, beir, training_set
 from tokjax.data.training_set import TrainingSet
 from tokjax.retrieval import colbert, masks, words
 
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 CONFIG = colbert.ColbertConfig(query_length=10, document_length=20)
 NAMES = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]"]
 NAMES += ["[MASK]", *(f"w{i}" for i in range(40))]
@@ -280,7 +277,7 @@ def test_whole_words_are_the_same_in_queries_and_documents():
   assert len(set(of_token.values())) == len(NAMES) - 7 + 1
 
 
-@hook
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
   "kwargs,message",
   [

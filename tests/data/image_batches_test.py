@@ -1,16 +1,11 @@
 """Labelled images and their augmented batches."""
 
-import os
 
 import numpy as np
 import pytest
 
 from tokjax.data import image_batches
 from tokjax.data.image_batches import ImageSet
-
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 
 
 def images(count=10, side=6):
@@ -97,7 +92,7 @@ def test_processes_share_one_batch():
       np.testing.assert_array_equal(both, whole[step][name])
 
 
-@hook
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -120,7 +115,7 @@ def test_sets_are_checked(changes, message):
     ImageSet(**{**fields, **changes})
 
 
-@hook
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
   ("changes", "message"),
   [

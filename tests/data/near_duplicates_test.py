@@ -1,4 +1,3 @@
-import os
 import random
 
 import numpy as np
@@ -7,9 +6,6 @@ import pytest
 from tokjax.data import near_duplicates
 
 # The type checker of the second pass speaks before our own messages.
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the type checker raises"
-)
 
 
 def brute_force(texts, threshold):
@@ -51,7 +47,7 @@ def test_short_and_no_texts():
   assert near_duplicates.group(["", "a", "A!", "b"]).tolist() == [0, 1, 1, 3]
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_error_for_a_bad_threshold():
   with pytest.raises(ValueError, match="threshold must lie in 0..1, got 2"):
     near_duplicates.group([], threshold=2)

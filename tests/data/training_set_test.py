@@ -1,4 +1,3 @@
-import os
 
 import numpy as np
 import pytest
@@ -7,9 +6,6 @@ from tokjax.data import beir, training_set
 from tokjax.data.retrieval_set import RetrievalSet
 from tokjax.data.training_set import TrainingSet
 
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 GOOD = {
   "query_texts": ["q0", "q1", "q2"],
   "document_texts": ["d0", "d1", "d2", "d3"],
@@ -33,7 +29,7 @@ def test_relevant_documents_are_those_of_all_examples_of_a_query():
   }
 
 
-@hook
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
   "changes,message",
   [

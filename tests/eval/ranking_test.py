@@ -1,4 +1,3 @@
-import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +6,6 @@ import pytest
 from tokjax.eval import agreement, ranking
 
 # The type checker of the second pass speaks before our own messages.
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the type checker raises"
-)
 
 
 def example(seed=0, num_queries=7, num_ranks=9, num_ideal=12):
@@ -88,7 +84,7 @@ def test_negative_grades_count_as_zero():
   np.testing.assert_allclose(one, 1 / np.log2(3), rtol=1e-6)
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   ranked = jnp.zeros((2, 3))
   with pytest.raises(ValueError, match="k must be at least 1, got 0"):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 
 import numpy as np
@@ -14,9 +13,6 @@ from tokjax.models import images
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NAMES = ("clip", "siglip", "dinov2", "deit", "vit")
 SIZES = {"clip": 24, "siglip": 18, "dinov2": 24, "deit": 24, "vit": 18}
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 
 
 def picture(height=30, width=44):
@@ -101,7 +97,7 @@ def test_damaged_files_are_named(tmp_path):
     images.read(tmp_path / "nowhere.png")
 
 
-@hook
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
   ("batch", "changes", "message"),
   [
@@ -138,7 +134,7 @@ def test_old_files_name_one_number(kind, whole):
   assert (got.size, got.whole, got.crop) == (24, whole, None)
 
 
-@hook
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
   ("changes", "message"),
   [

@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from tokjax.models import vit
@@ -22,9 +20,6 @@ CONFIG = vit.VitConfig(
   mlp_width=20,
   num_outputs=5,
   init_scale=0.3,
-)
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
 )
 
 

@@ -17,7 +17,6 @@ from tests.models.tiny_vit import (
   embed,
   embed64,
   encode,
-  hook,
   keep_all,
   linear64,
   mlp64,
@@ -221,7 +220,7 @@ def test_bfloat16_weights_compute_in_bfloat16_near_float32():
   np.testing.assert_allclose(np.float32(got), high(photos()), atol=0.1)
 
 
-@hook
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -244,7 +243,7 @@ def test_config_errors_name_the_field(changes, message):
     vit_shapes.check(dataclasses.replace(CONFIG, **changes))
 
 
-@hook
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
   ("call", "message"),
   [

@@ -1,6 +1,5 @@
 """Rows of attention and outliers, against NumPy in float64."""
 
-import os
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +7,6 @@ import numpy as np
 import pytest
 
 from tokjax.ops import attention_scores
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def row_case(seed, batch=100, heads=4, key_heads=2, rows=2, keys=9, dim=8):
@@ -120,7 +115,7 @@ def test_equal_scores_hold_no_outlier_and_factor_counts():
   assert not attention_scores.iqr_upper(scores, factor=0.5).any()
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors_name_the_sizes():
   q, k, mask = map(jnp.asarray, row_case(0, batch=2))
   with pytest.raises(ValueError, match="k_keys=9, mask_keys=8"):

@@ -1,6 +1,5 @@
 import fractions
 import math
-import os
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +7,6 @@ import numpy as np
 import pytest
 
 from tokjax.ops import budgets
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 QWEN2_7B = dict(width=3584, ffn_width=18944, key_value_width=512)
 VICUNA_7B = dict(width=4096, ffn_width=11008)
@@ -206,7 +201,7 @@ def test_prefill_flops_conventions():
   assert full - grouped == 2 * 10 * 2 * 4 * 3
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   with pytest.raises(ValueError, match="ratio must lie in 0..1, got 2.0"):
     budgets.keep_count(2.0, 10, rounding="floor")

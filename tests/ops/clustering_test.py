@@ -1,4 +1,3 @@
-import os
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +6,6 @@ import pytest
 from jax.test_util import check_grads
 
 from tokjax.ops import clustering
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def points(seed=0, n=50, dim=5):
@@ -178,7 +173,7 @@ def test_masked_kmeans_random_start_is_a_fixed_point():
   np.testing.assert_array_equal(nearest, found.assignment[0])
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x = points()
   with pytest.raises(

@@ -1,5 +1,4 @@
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +6,6 @@ import numpy as np
 import pytest
 
 from tokjax.ops import density_peaks as peaks
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def run(function, *arrays, **settings):
@@ -123,7 +118,7 @@ def test_batch_equals_one_by_one_and_no_gradient():
   assert sorted(gradient[:, 0])[-3:] == [0, 1, 1]
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x = jnp.ones((4, 2))
   with pytest.raises(ValueError, match="num_clusters must lie in 1..4, got 5"):

@@ -1,5 +1,4 @@
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +6,6 @@ import numpy as np
 import pytest
 
 from tokjax.ops import distances
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def run(function, *arrays, **settings):
@@ -57,7 +52,7 @@ def test_masked_tokens_have_no_influence():
   assert np.isfinite(got).all()
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x = jnp.ones((4, 2))
   with pytest.raises(ValueError, match="x_tokens=4, mask_tokens=3"):

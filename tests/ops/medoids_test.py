@@ -1,5 +1,4 @@
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +6,6 @@ import numpy as np
 import pytest
 
 from tokjax.ops import distances, medoids, merging, plans
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def run(function, *arrays, **settings):
@@ -229,7 +224,7 @@ def test_no_gradient_and_none_needed():
   np.testing.assert_array_equal(gradient[:, 0], [0, 1, 0, 0, 1, 0])
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x = jnp.asarray(LINE)
   with pytest.raises(ValueError, match="num_clusters must lie in 1..6, got 7"):

@@ -1,5 +1,4 @@
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +6,6 @@ import numpy as np
 import pytest
 
 from tokjax.ops import merging, plans
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 N = 9
 
@@ -354,7 +349,7 @@ def test_leading_axes_are_mapped():
     assert isinstance(got, merging.Fusion)
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   metric = jnp.ones((2, 9, 4))
   match = merging.bipartite_match

@@ -1,4 +1,3 @@
-import os
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +5,6 @@ import numpy as np
 import pytest
 
 from tokjax.ops import packing
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def cases(seed, count=1000, n=9):
@@ -103,7 +98,7 @@ def test_no_gradient_flows_into_scores():
   assert not np.any(gradient)
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   scores = jnp.ones((2, 5))
   with pytest.raises(ValueError, match="num_keep must lie in 1..5, got 6"):

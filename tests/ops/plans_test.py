@@ -1,4 +1,3 @@
-import os
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +6,6 @@ import pytest
 from jax.test_util import check_grads
 
 from tokjax.ops import plans
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 B, N, K = 50, 7, 4
 
@@ -156,7 +151,7 @@ def test_bfloat16_streams_are_summed_in_float32():
   assert out.dtype == jnp.bfloat16 and float(out[0, 0, 0]) == 300
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   plan, x = merge(0), stream(0)
   with pytest.raises(ValueError, match="plan_tokens=7, x_tokens=6"):

@@ -1,4 +1,3 @@
-import os
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +6,6 @@ import pytest
 
 from tokjax.ops import quantize
 
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 SAMPLE = jnp.array([-0.3, -0.1, -0.02, 0.0, 0.05, 0.12, 0.2, 0.4])
 
 
@@ -105,7 +101,7 @@ def test_pq_scores_equal_scores_of_decoded(num_queries, block_size):
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x, book, codes = coded()
   with pytest.raises(ValueError, match="num_bits must be one of 1, 2, 4, 8"):

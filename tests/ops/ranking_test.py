@@ -1,5 +1,4 @@
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +6,6 @@ import numpy as np
 import pytest
 
 from tokjax.ops import ranking
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def run(function, *arrays, **settings):
@@ -59,7 +54,7 @@ def test_no_gradient():
   np.testing.assert_array_equal(gradient, [1, 0, 1])
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   with pytest.raises(ValueError, match="scores=4, mask=3"):
     ranking.ranks(jnp.ones(4), jnp.ones(3, bool))

@@ -1,4 +1,3 @@
-import os
 
 import hypothesis
 import jax
@@ -125,9 +124,7 @@ def test_streaming_on_shards_equals_sorting():
   assert_found(got, sorted_top_k(product(queries, corpus), 5))
 
 
-@pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
+@pytest.mark.unchecked
 def test_errors_name_the_argument():
   queries, corpus = whole_numbers(6, 3, 4), whole_numbers(7, 23, 4)
   with pytest.raises(ValueError, match=r"k must lie in 1\.\.23, got 24"):

@@ -1,4 +1,3 @@
-import os
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +6,6 @@ import pytest
 from jax.test_util import check_grads
 
 from tokjax.ops import sketching
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def vectors(seed=0, shape=(5, 12)):
@@ -135,7 +130,7 @@ def test_gradients():
     check_grads(jax.jit(function), (x,), order=1, modes=["rev"], rtol=1e-2)
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x = vectors()
   sketch = sketching.init_count_sketch(jax.random.key(0), (11,), num_outputs=5)

@@ -1,5 +1,4 @@
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +6,6 @@ import numpy as np
 import pytest
 
 from tokjax.ops import medoids, spectral
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def run(function, *arrays, **settings):
@@ -178,7 +173,7 @@ def test_no_gradient():
   assert sorted(np.asarray(gradient[:, 0])) == [0, 0, 0, 0, 1, 1]
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x = jnp.ones((4, 2))
   with pytest.raises(ValueError, match="num_neighbors must lie in 1..4, got 5"):

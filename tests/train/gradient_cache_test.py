@@ -1,4 +1,3 @@
-import os
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,6 @@ from tokjax.kernels.maxsim import maxsim
 from tokjax.retrieval import losses
 from tokjax.train.gradient_cache import cached_value_and_grad
 
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 kinds = pytest.mark.parametrize(
   "kind", [AxisType.Auto, AxisType.Explicit], ids=str
 )
@@ -345,7 +341,7 @@ def test_compiles_once():
   assert len(traced) == 1
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   params, inputs = make_params(), make_inputs()
 

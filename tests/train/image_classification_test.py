@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,6 @@ from tokjax.train.image_classification import ImageRun
 from tokjax.train.loop import TrainConfig
 from tokjax.train.optimizer import OptimizerConfig
 
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 MODEL = VitConfig(
   image_size=32,
   patch_size=16,
@@ -166,7 +162,7 @@ def test_accuracy_of_a_model_that_is_reduced(run):
   assert 0.3 < found <= 1
 
 
-@hook
+@pytest.mark.unchecked
 def test_settings_that_do_not_fit_are_named(run):
   with pytest.raises(ValueError, match="num_outputs=9, classes=10"):
     model = dataclasses.replace(MODEL, num_outputs=9)

@@ -1,7 +1,6 @@
 """Losses of whole models: what they are made of, and on eight devices."""
 
 import dataclasses
-import os
 import re
 
 import jax
@@ -28,9 +27,6 @@ from tokjax.train.late_interaction import (
 B, n, Q, N, WIDTH = 8, 2, 6, 12, 16
 CLUSTERS = crisp.CrispConfig(query_clusters=3, document_clusters=4)
 PLAIN = TextRules(None, False, (), True)
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 
 
 def batch(seed=0, teacher=False):
@@ -294,7 +290,7 @@ def test_remat_and_dropout(policy):
   assert abs(dropped - plain(m, data, None)[0]) > 1e-4
 
 
-@hook
+@pytest.mark.unchecked
 def test_settings_are_checked():
   with pytest.raises(ValueError, match="clusters must be given"):
     make_loss(Objective(method="crisp"), PLAIN)

@@ -1,7 +1,6 @@
 """A retriever learns a tiny corpus by heart, whole or its upper part."""
 
 import dataclasses
-import os
 import shutil
 
 import jax
@@ -20,10 +19,6 @@ from tokjax.train import features, late_interaction, loop, retrieval_run
 from tokjax.train.late_interaction import LateInteraction, Objective
 from tokjax.train.optimizer import OptimizerConfig
 from tokjax.train.retrieval_run import DataConfig, RetrievalRun
-
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 
 
 @pytest.fixture
