@@ -157,3 +157,13 @@ def test_real_photographs_come_out_in_range(shared_data):
   )
   assert batch.shape == (3, 224, 224, 3)
   assert -2 < batch.min() < batch.max() < 2.7 and 0.3 < batch.std() < 1.5
+
+
+def test_images_of_a_folder_come_in_the_order_of_their_names(tmp_path):
+  for name in ("b.JPG", "a.png", "c.jpeg", "notes.txt"):
+    (tmp_path / name).touch()
+  (tmp_path / "more").mkdir()
+  names = [path.name for path in images.in_folder(tmp_path)]
+  assert names == ["a.png", "b.JPG", "c.jpeg"]
+  with pytest.raises(ValueError, match="no .png or .jpg image in"):
+    images.in_folder(tmp_path / "more")

@@ -1,6 +1,5 @@
 """Token codecs: what is stored, what comes back, and how close it is."""
 
-import os
 
 import jax
 import jax.numpy as jnp
@@ -142,9 +141,7 @@ def test_number_of_centroids_follows_the_corpus():
   assert codecs.num_residual_centroids(1) == 16
 
 
-@pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
+@pytest.mark.unchecked
 def test_errors_name_the_argument():
   rows = unit_rows(dim=12)
   with pytest.raises(ValueError, match="name must be one of 'float32'"):

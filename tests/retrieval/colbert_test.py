@@ -1,5 +1,4 @@
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,6 @@ from tokenizers import processors
 
 from tokjax.retrieval import colbert
 
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 WORDS = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS += ["[MASK]", "!", ".", "a", "b", "c", "d"]
 PAD, Q, D, UNK, CLS, SEP, MASK, BANG, STOP, A, B, C, D_ = range(13)
@@ -225,7 +221,7 @@ def test_head_may_be_a_function_and_normalising_is_an_option():
   np.testing.assert_allclose(plain, [[[0.6, 0.8]]], rtol=1e-6)
 
 
-@hook
+@pytest.mark.unchecked
 def test_errors_name_the_argument(tokenizer):
   with pytest.raises(ValueError, match="marker '.x.' is not in the vocabulary"):
     documents(

@@ -1,6 +1,5 @@
 """Both scores and their mix, in batches and in lists; where gradients go."""
 
-import os
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,6 @@ from tokjax.retrieval import colberter_scores
 
 score = takes_numpy(colberter_scores.score)
 score_pairs = takes_numpy(colberter_scores.score_pairs)
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 NUM_QUERIES, NUM_DOCUMENTS, Q, W, D, C = 4, 7, 5, 6, 3, 2
 FUSION = np.array(0.3, np.float32)
 ZERO = np.array(0, np.float32)
@@ -263,7 +259,7 @@ def test_exact_match_stays_below_the_budget():
   assert temporary_bytes(backward, *arrays) < budget + 4 * inputs
 
 
-@hook
+@pytest.mark.unchecked
 def test_errors_name_the_argument():
   query, document = batch()
   good = arguments(query, document, exact=True)

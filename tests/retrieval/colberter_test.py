@@ -1,6 +1,5 @@
 """Pooling to words, gates, the head and its stages, and the loss."""
 
-import os
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,6 @@ from tokjax.retrieval.colberter import Bags, ColberterConfig, ColberterHead
 pool_words = takes_numpy(colberter.pool_words)
 stopword_gate = takes_numpy(colberter.stopword_gate)
 gate_sparsity = takes_numpy(colberter.gate_sparsity)
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 BIG = 2**32 - 1
 SIZES = {"hidden_dim": 6, "cls_dim": 5, "token_dim": 4}
 
@@ -406,7 +402,7 @@ def test_training_lowers_the_loss_and_closes_gates():
   assert history[-1].sparsity < 0.5 * history[0].sparsity
 
 
-@hook
+@pytest.mark.unchecked
 def test_errors_name_the_argument():
   x, ids, unique = tokens()
   with pytest.raises(TypeError, match="word_of_token must be uint32, got int"):

@@ -1,7 +1,6 @@
 """Texts to packed bags of words, and the rankings made of them."""
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,6 @@ from tokjax.retrieval import colberter, colberter_texts, token_index
 from tokjax.retrieval import words as whole_words
 from tokjax.retrieval.colberter import ColberterConfig, ColberterHead
 
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", "##s", "##ing", "##ed"]
 PIECES += ["walk", "talk", "jump", "rest", "cat", "dog", "sun", "moon"]
 HIDDEN = 2 * len(PIECES)
@@ -305,7 +301,7 @@ def test_position_minus_one_selects_nothing(tokenizer, texts):
   assert got.mask.shape[2] == max(np.diff(offsets)[[2, 4]])
 
 
-@hook
+@pytest.mark.unchecked
 def test_errors_name_the_argument(tokenizer, texts):
   head, queries, documents, index = corpus(tokenizer, texts, 2)
   encoded = queries.queries

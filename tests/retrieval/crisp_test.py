@@ -1,5 +1,4 @@
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,6 @@ from jax.test_util import check_grads
 from tokjax.kernels import maxsim
 from tokjax.retrieval import crisp, token_index
 
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 X = jnp.array([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]]])
 Q = jnp.array([[[0.8, 0.6], [0.0, 1.0]]])
 X_MASK, Q_MASK = jnp.ones((1, 4), bool), jnp.ones((1, 2), bool)
@@ -332,7 +328,7 @@ def test_packed_keeps_bfloat16():
   np.testing.assert_array_equal(means.astype(np.float32), [[0.5], [3.5]])
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x, mask = example()
   with pytest.raises(

@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import os
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,6 @@ from jax.test_util import check_grads
 from tokjax.kernels import maxsim
 from tokjax.retrieval import colbert, heads
 
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 H, D = 6, 4
 ERF = np.vectorize(math.erf)
 ACTIVATIONS = {
@@ -324,7 +320,7 @@ def test_only_linear_heads_fold(settings, message):
     heads.fold(make(**settings))
 
 
-@typechecked
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
@@ -345,7 +341,7 @@ def test_errors_of_the_config(settings, message):
     make(**settings)
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   with pytest.raises(ValueError, match="x_width=7, input_dim=6"):
     make()(states(dim=7))

@@ -1,5 +1,4 @@
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,6 @@ from jax.test_util import check_grads
 from tokjax.kernels.maxsim import EMPTY_SCORE, maxsim
 from tokjax.retrieval import losses
 
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 kinds = pytest.mark.parametrize(
   "kind", [AxisType.Auto, AxisType.Explicit], ids=str
 )
@@ -478,7 +474,7 @@ def test_mean_over_a_mesh_axis_is_the_mean_of_all(function, kind):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   scores, teacher, mask, weight = lists()
   with pytest.raises(ValueError, match=r"mask must have shape \(5, 10\)"):

@@ -1,4 +1,3 @@
-import os
 import string
 
 import jax.numpy as jnp
@@ -7,10 +6,6 @@ import pytest
 import tokenizers
 
 from tokjax.retrieval import masks
-
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 
 
 def test_document_mask_equals_a_loop():
@@ -71,7 +66,7 @@ def test_skip_ids_never_hold_unknown():
   assert masks.skip_ids(tokenizer, ()).shape == (0,)
 
 
-@hook
+@pytest.mark.unchecked
 def test_errors_name_the_argument():
   ids = jnp.zeros((2, 5), jnp.int32)
   with pytest.raises(ValueError, match="length must lie in 5..inf, got 4"):

@@ -1,6 +1,5 @@
 """Each method through the one door gives what its own functions give."""
 
-import os
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +21,6 @@ from tokjax.retrieval import (
 )
 from tokjax.retrieval.methods import Method
 
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 WORDS = [f"w{i}" for i in range(12)]
 VOCABULARY = ["[UNK]", "[CLS]", "[SEP]", *WORDS]
 MEANS = crisp.CrispConfig(query_clusters=2, document_ratio=0.5)
@@ -95,8 +91,9 @@ def make(tokenizer, name, **changes):
 def built(documents, vectors="pooled"):
   stored = token_index.store_vectors(documents.pooled)
   return token_index.build(
-    documents.tokens, documents.offsets, candidates={vectors: stored}
-  )
+    documents.tokens, documents.offsets, candidates={vectors: stored},
+    word_ids=documents.word_ids,
+  )  # fmt: skip
 
 
 def direct(name, tokenizer, texts, questions, k):
@@ -110,7 +107,7 @@ def direct(name, tokenizer, texts, questions, k):
     queries = colberter_texts.encode_queries(questions, *parts).queries
     return documents, colberter_texts.search_fused(
       built(documents, "cls"),
-      *map(jnp.asarray, queries),
+      *map(jnp.asarray, queries[:3]),
       model.head.fusion[...],
       k=k,
       num_candidates=9,
@@ -235,10 +232,66 @@ def test_modes_of_other_methods_are_named(
     methods.search(index, queries, model, mode=mode, k=1)
 
 
-def test_words_to_match_have_no_place_in_an_index(tokenizer, texts):
-  model = make(tokenizer, "colberter", exact_match=True)
-  with pytest.raises(ValueError, match="exact_match of the head must be False"):
-    methods.encode_documents(texts, model, progress=False)
+def equal_words(tokenizer, texts, questions):
+  """A model that compares equal words only, and what it makes of texts."""
+  model = make(tokenizer, "colberter", exact_match=True, compressed_dim=1)
+  documents = methods.encode_documents(texts, model, progress=False)
+  return model, documents, methods.encode_queries(questions, model)
+
+
+@pytest.mark.parametrize("mode", [None, "cls", "exact"])
+def test_equal_words_are_searched_as_the_model_scores_them(
+  tokenizer, texts, questions, mode
+):
+  texts = [*texts, ""]  # and a document without words
+  model, documents, queries = equal_words(tokenizer, texts, questions)
+  assert documents.tokens.shape[1] == 1
+  assert documents.word_ids.shape == documents.tokens.shape[:1]
+  assert queries.word_ids.shape == queries.mask.shape
+  chosen = colberter_texts.select_documents(
+    colberter_texts.EncodedDocuments(documents, documents.word_ids),
+    np.arange(len(texts))[None],
+  )
+  cls, words, mask, ids = (jnp.asarray(x[0]) for x in chosen)
+  tokens, query_mask, pooled, query_ids = map(jnp.asarray, queries)
+  want = colberter.score(
+    pooled, tokens, query_mask, cls, words, mask, model.head.fusion[...],
+    query_ids, ids,
+  )  # fmt: skip
+  number = len(texts) if mode == "exact" else 9
+  first = np.argsort(-np.asarray(want.cls_scores), axis=1)[:, :number]
+  scores = np.take_along_axis(np.asarray(want.scores), first, axis=1)
+  index = built(documents, "cls")
+  for batch_size in (3, 16):
+    got = methods.search(
+      index, queries, model, mode=mode, k=9, num_candidates=9,
+      batch_size=batch_size,
+    )  # fmt: skip
+    np.testing.assert_allclose(
+      got.scores, -np.sort(-scores, axis=1)[:, :9], rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+      np.take_along_axis(np.asarray(want.scores), got.index, axis=1),
+      got.scores, rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_words_of_one_side_only_are_named(tokenizer, texts, questions):
+  model, documents, queries = equal_words(tokenizer, texts, questions)
+  index = built(documents, "cls")
+  plain = built(documents._replace(word_ids=None), "cls")
+  with pytest.raises(ValueError, match="query_word_ids must be None for an"):
+    methods.search(plain, queries, model, k=1)
+  queries = queries._replace(word_ids=None)
+  with pytest.raises(ValueError, match="query_word_ids must be given for an"):
+    methods.search(index, queries, model, k=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_words_are_named_for_exact_match_only(tokenizer, texts, name):
+  model = make(tokenizer, name)
+  assert methods.encode_documents(texts, model, progress=False).word_ids is None
+  assert methods.encode_queries(texts, model).word_ids is None
 
 
 def test_heads_and_methods_that_do_not_belong_together(tokenizer, texts):
@@ -257,7 +310,9 @@ def test_heads_and_methods_that_do_not_belong_together(tokenizer, texts):
   ("arguments", "message"),
   [
     pytest.param(
-      ("plaid",), "method must be one of 'colbert', 'xtr', 'crisp'", marks=hook
+      ("plaid",),
+      "method must be one of 'colbert', 'xtr', 'crisp'",
+      marks=pytest.mark.unchecked,
     ),
     (("crisp",), "crisp must be given for method 'crisp'"),
     (

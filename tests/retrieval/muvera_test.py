@@ -1,5 +1,4 @@
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +26,6 @@ CONFIGS = {
     SIGN, num_repetitions=4, num_simhash_bits=9, final_dim=50
   ),
 }
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def example(seed=0, batch=3, num_tokens=9, dim=6):
@@ -414,7 +410,7 @@ def test_presets_have_their_width():
     assert muvera.FDEConfig(dim=8, **fields).output_dim == width
 
 
-@typechecked
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
   "field, value, message",
   [
@@ -432,7 +428,7 @@ def test_config_errors(field, value, message):
     muvera.init(jax.random.key(0), config)
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_argument_errors():
   params = muvera.init(jax.random.key(0), SIGN)
   x, mask = example()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -300,9 +299,7 @@ def test_bytes_are_counted():
   assert index.num_bytes > payload
 
 
-@pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
+@pytest.mark.unchecked
 def test_errors_name_the_argument():
   index, (queries, mask) = small_index(), questions()
   with pytest.raises(ValueError, match="mode must be one of 'exact', 'mean'"):

@@ -1,4 +1,3 @@
-import os
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +5,6 @@ import numpy as np
 import pytest
 
 from tokjax.retrieval import token_pruning
-
-typechecked = pytest.mark.skipif(
-  bool(os.environ.get("TOKJAX_TYPECHECK")), reason="the hook speaks first"
-)
 
 
 def example(seed=0, batch=5, num_tokens=9, dim=3):
@@ -174,7 +169,7 @@ def test_ward_with_factor_one_and_with_equal_tokens():
   assert np.isfinite(zeros).all()
 
 
-@typechecked
+@pytest.mark.unchecked
 def test_errors():
   x, mask = example()
   with pytest.raises(ValueError, match="num_keep must lie in 1..inf, got 0"):

@@ -1,5 +1,4 @@
 import hashlib
-import os
 
 import numpy as np
 import pytest
@@ -9,9 +8,6 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from tokjax.retrieval import words
 
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "token", "##s", "##ize", "##d"]
 PIECES += ["run", "##ning", "the", ".", ",", "'", "abc", "ete", "中", "国"]
 PAD, UNK, CLS, SEP = range(4)
@@ -208,7 +204,7 @@ def test_blocks_of_texts_do_not_show(tokenizer, monkeypatch):
   assert words.tokenize_words([], tokenizer, length=9) == []
 
 
-@hook
+@pytest.mark.unchecked
 def test_errors_name_the_argument(tokenizer):
   with pytest.raises(ValueError, match="length must exceed the 2 special"):
     words.tokenize_words(["a"], tokenizer, length=2)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 
 import hypothesis
 import jax
@@ -22,10 +21,9 @@ from tokjax.retrieval import (
   xtr,
 )
 
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 DIM, NUM_DOCUMENTS, NUM_QUERIES = 16, 30, 4
+aggregate = jax.jit(xtr.aggregate, static_argnames=("k", "num_documents"))
+find = jax.jit(xtr.search, static_argnames=("k", "k_prime", "block_size"))
 
 
 def ranking(documents, scores, query_mask, k):
@@ -73,7 +71,7 @@ HAND_SCORES = [[0.9, 0.7, 0.5], [0.8, 0.6, 0.4]]
 @pytest.mark.parametrize("num_documents", [3, 10, None])
 def test_worked_example(num_documents):
   """a .65, b .75, c .55: imputed by .5 and .4."""
-  found = xtr.aggregate(
+  found = aggregate(
     jnp.array([HAND_IDS]),
     jnp.array([HAND_SCORES]),
     k=3,
@@ -89,7 +87,7 @@ def test_what_was_not_found_is_dropped(num_documents):
   scores = jnp.array(
     [[[9, *HAND_SCORES[0], jnp.nan, 0.1], [*HAND_SCORES[1], 0, -jnp.inf, 1]]]
   )
-  found = xtr.aggregate(ids, scores, k=3, num_documents=num_documents)
+  found = aggregate(ids, scores, k=3, num_documents=num_documents)
   check(found, ([[1, 0, 2]], [[0.75, 0.65, 0.55]]))
 
 
@@ -114,7 +112,7 @@ def entries(seed, num_documents=7, shape=(3, 4, 6), quarters=False):
 @pytest.mark.parametrize("k", [1, 5, 7])
 def test_aggregate_equals_the_loop(k, num_documents):
   arrays = entries(0)
-  found = xtr.aggregate(*arrays, k=k, num_documents=num_documents)
+  found = aggregate(*arrays, k=k, num_documents=num_documents)
   check(found, rankings(*arrays, k))
   # The first query has no valid token, so no candidate.
   assert (np.asarray(found.index[0]) == -1).all()
@@ -128,7 +126,7 @@ def test_ties_go_to_the_lower_document(seed, num_documents):
   """With two query tokens, sums of quarters are exact in any order."""
   ids, scores, query_mask = entries(seed, shape=(2, 2, 6), quarters=True)
   query_mask = jnp.ones_like(query_mask)
-  found = xtr.aggregate(
+  found = aggregate(
     ids, scores, query_mask, k=7, num_documents=num_documents
   )
   check(found, rankings(ids, scores, query_mask, 7))
@@ -137,7 +135,7 @@ def test_ties_go_to_the_lower_document(seed, num_documents):
 @pytest.mark.parametrize("num_documents", [7, None])
 def test_order_of_the_entries_does_not_matter(num_documents):
   ids, scores, query_mask = entries(1, quarters=True)
-  call = functools.partial(xtr.aggregate, k=5, num_documents=num_documents)
+  call = functools.partial(aggregate, k=5, num_documents=num_documents)
   order = np.random.default_rng(0).permutation(6)
   want = call(ids, scores, query_mask)
   got = call(ids[..., order], scores[..., order], query_mask)
@@ -145,7 +143,7 @@ def test_order_of_the_entries_does_not_matter(num_documents):
 
 
 def test_more_results_than_entries():
-  found = xtr.aggregate(jnp.array([[[5, 5]]]), jnp.array([[[0.5, 0.2]]]), k=4)
+  found = aggregate(jnp.array([[[5, 5]]]), jnp.array([[[0.5, 0.2]]]), k=4)
   check(found, ([[5, -1, -1, -1]], [[0.5] + 3 * [-np.inf]]))
 
 
@@ -153,7 +151,7 @@ def test_ids_beyond_the_table_are_dropped():
   """Nor is their score the last one: document 1 is imputed by .5, not .2."""
   ids = jnp.array([[[0, 9], [1, 9]]])
   scores = jnp.array([[[0.5, 0.2], [0.4, 0.1]]])
-  found = xtr.aggregate(ids, scores, k=3, num_documents=3)
+  found = aggregate(ids, scores, k=3, num_documents=3)
   check(found, ([[0, 1, -1]], [[0.45, 0.45, -np.inf]]))
 
 
@@ -161,7 +159,7 @@ def test_a_query_token_that_found_nothing_counts_as_zero():
   ids = jnp.array([[[0, 1], [-1, -1]]])
   scores = jnp.array([[[0.8, 0.6], [0.5, 0.5]]])
   for num_documents in (2, None):
-    found = xtr.aggregate(ids, scores, k=2, num_documents=num_documents)
+    found = aggregate(ids, scores, k=2, num_documents=num_documents)
     check(found, ([[0, 1]], [[0.4, 0.3]]))
 
 
@@ -200,7 +198,7 @@ def test_search_equals_the_loop(k_prime, page_size, block_size):
   tokens, offsets = corpus()
   index = token_index.build(tokens, offsets, page_size=page_size)
   queries, mask = questions()
-  found = xtr.search(
+  found = find(
     index, queries, mask, k=8, k_prime=k_prime, block_size=block_size
   )
   entries = brute_force(tokens, offsets, queries, k_prime)
@@ -211,7 +209,7 @@ def test_few_retrieved_tokens_are_sorted_instead_of_tabled():
   """30 documents are more than one token for each of five."""
   tokens, offsets = corpus()
   queries, mask = questions()
-  found = xtr.search(
+  found = find(
     token_index.build(tokens, offsets), queries, mask, k=10, k_prime=1
   )
   entries = brute_force(tokens, offsets, queries, 1)
@@ -225,7 +223,7 @@ def test_stored_codes_are_what_is_scored(name):
   index = token_index.build(tokens, offsets, codec, page_size=8)
   decoded = np.asarray(codec.decode(codec.encode(jnp.asarray(tokens))))
   queries, mask = questions()
-  found = xtr.search(index, queries, mask, k=8, k_prime=25)
+  found = find(index, queries, mask, k=8, k_prime=25)
   entries = brute_force(decoded, offsets, queries, 25)
   check(found, rankings(*entries, mask, 8))
 
@@ -235,7 +233,7 @@ def test_all_tokens_give_the_mean_of_maxsim():
   index = token_index.build(tokens, offsets)
   queries, mask = questions()
   k = 27  # the documents that have tokens
-  found = xtr.search(index, queries, mask, k=k, k_prime=len(tokens))
+  found = find(index, queries, mask, k=k, k_prime=len(tokens))
   want = search.search(index, queries, mask, k=k)
   with_tokens = np.asarray(mask).any(axis=1)
   assert with_tokens.sum() == 3
@@ -253,7 +251,7 @@ def test_scores_are_at_least_the_mean_of_maxsim(k_prime):
   tokens, offsets = corpus()
   index = token_index.build(tokens, offsets)
   queries, mask = questions()
-  found = xtr.search(index, queries, mask, k=NUM_DOCUMENTS, k_prime=k_prime)
+  found = find(index, queries, mask, k=NUM_DOCUMENTS, k_prime=k_prime)
   everything = brute_force(tokens, offsets, queries, len(tokens))
   for i in range(NUM_QUERIES):
     want = ranking(*(x[i] for x in everything), mask[i], NUM_DOCUMENTS)
@@ -298,7 +296,7 @@ def test_deleted_documents_are_never_retrieved(k_prime):
   index = token_index.build(tokens, offsets, page_size=4)
   index = dataclasses.replace(index, live=jnp.asarray(live))
   queries, mask = questions()
-  found = xtr.search(index, queries, mask, k=25, k_prime=k_prime)
+  found = find(index, queries, mask, k=25, k_prime=k_prime)
   entries = brute_force(tokens, offsets, queries, k_prime, live)
   check(found, rankings(*entries, mask, 25))
 
@@ -316,15 +314,15 @@ def test_a_shard_padded_to_others_finds_the_same():
   stacked = token_index.stack_shards(parts)
   shard = jax.tree.map(lambda x: jnp.asarray(x[0]), stacked)
   queries, mask = questions()
-  want = xtr.search(parts[0], queries, mask, k=5, k_prime=20)
-  check(xtr.search(shard, queries, mask, k=5, k_prime=20), want)
+  want = find(parts[0], queries, mask, k=5, k_prime=20)
+  check(find(shard, queries, mask, k=5, k_prime=20), want)
   assert (np.asarray(want.index[0]) >= 0).all()
 
 
 def test_an_index_without_tokens_finds_nothing():
   index = token_index.build(np.zeros((0, DIM), np.float32), np.zeros(4, int))
   queries, mask = questions()
-  found = xtr.search(index, queries, mask, k=2, k_prime=5)
+  found = find(index, queries, mask, k=2, k_prime=5)
   assert (np.asarray(found.index) == -1).all()
   assert np.isneginf(found.scores).all()
 
@@ -333,10 +331,10 @@ def test_masked_query_tokens_have_no_influence():
   index = token_index.build(*corpus())
   queries, mask = questions()
   poisoned = jnp.where(mask[..., None], queries, jnp.nan)
-  want = xtr.search(index, queries, mask, k=5, k_prime=20)
-  got = xtr.search(index, poisoned, mask, k=5, k_prime=20)
+  want = find(index, queries, mask, k=5, k_prime=20)
+  got = find(index, poisoned, mask, k=5, k_prime=20)
   jax.tree.map(np.testing.assert_array_equal, got, want)
-  none = xtr.search(index, queries[:1], k=5, k_prime=20)
+  none = find(index, queries[:1], k=5, k_prime=20)
   np.testing.assert_array_equal(none.index, want.index[:1])
 
 
@@ -345,7 +343,7 @@ def test_scratch_does_not_grow_with_the_index():
   tokens = np.zeros((100_000, DIM), np.float32)
   index = token_index.build(tokens, np.arange(0, 100_001, 100))
   shape = jax.ShapeDtypeStruct((4, 32, DIM), jnp.float32)
-  call = functools.partial(xtr.search, k=10, k_prime=500, block_size=4096)
+  call = functools.partial(find, k=10, k_prime=500, block_size=4096)
   compiled = jax.jit(call).lower(index, shape).compile()
   held = compiled.memory_analysis().temp_size_in_bytes
   assert held < 16 << 20 < (4 * 128 * 100_000) / 3
@@ -374,7 +372,7 @@ def test_texts_are_found_by_their_own_words():
   asked = colbert.encode_queries(["c !"], tokenizer, encoder, None, config)
   assert asked.mask.sum() == 4
   index = token_index.build(texts.tokens, texts.offsets)
-  found = xtr.search(
+  found = find(
     index, jnp.asarray(asked.tokens), jnp.asarray(asked.mask), k=3, k_prime=3
   )
   # [CLS] and [SEP] are in all; "c" in 1 and 2; "!" in 1 only.
@@ -382,24 +380,24 @@ def test_texts_are_found_by_their_own_words():
   np.testing.assert_allclose(found.scores, [[1, 0.75, 0.5]], rtol=1e-6)
 
 
-@hook
+@pytest.mark.unchecked
 def test_errors_name_the_argument():
   index = token_index.build(*corpus())
   queries, mask = questions()
   with pytest.raises(ValueError, match="k must lie in 1..30, got 31"):
-    xtr.search(index, queries, mask, k=31)
+    find(index, queries, mask, k=31)
   with pytest.raises(ValueError, match="k_prime must lie in"):
-    xtr.search(index, queries, mask, k=3, k_prime=0)
+    find(index, queries, mask, k=3, k_prime=0)
   with pytest.raises(ValueError, match="block_size must lie in"):
-    xtr.search(index, queries, mask, k=3, block_size=0)
+    find(index, queries, mask, k=3, block_size=0)
   with pytest.raises(ValueError, match="queries_width=15, index_dim=16"):
-    xtr.search(index, queries[..., :-1], mask)
+    find(index, queries[..., :-1], mask)
   with pytest.raises(ValueError, match="query_tokens_width=15, index_dim=16"):
     token_retrieval.nearest_tokens(index, queries[0, :, :-1], 3)
   ids, scores, query_mask = entries(0)
   with pytest.raises(ValueError, match="must have one shape"):
-    xtr.aggregate(ids[..., :2], scores, query_mask, k=1)
+    aggregate(ids[..., :2], scores, query_mask, k=1)
   with pytest.raises(ValueError, match="query_mask must have shape"):
-    xtr.aggregate(ids, scores, query_mask[:, :2], k=1)
+    aggregate(ids, scores, query_mask[:, :2], k=1)
   with pytest.raises(ValueError, match="k must lie in 1..7, got 8"):
-    xtr.aggregate(ids, scores, query_mask, k=8, num_documents=7)
+    aggregate(ids, scores, query_mask, k=8, num_documents=7)

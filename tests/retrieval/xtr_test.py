@@ -1,7 +1,6 @@
 """XTR's training scores against loops, by hand, and on eight devices."""
 
 import functools
-import os
 
 import hypothesis
 import jax
@@ -15,9 +14,6 @@ from jax.test_util import check_grads
 from tokjax.kernels.maxsim import maxsim
 from tokjax.retrieval import xtr, xtr_scoring
 
-hook = pytest.mark.skipif(
-  "TOKJAX_TYPECHECK" in os.environ, reason="the type checker speaks first"
-)
 KINDS = pytest.mark.parametrize(
   "kind", [AxisType.Auto, AxisType.Explicit], ids=str
 )
@@ -407,7 +403,7 @@ def test_text_config_scores_every_token():
   assert config.score_specials and config.normalize
 
 
-@hook
+@pytest.mark.unchecked
 def test_errors_name_the_argument():
   queries, documents, query_mask, document_mask = batch()
   score = functools.partial(xtr.train_scores, k_train=2)

@@ -81,7 +81,7 @@ def encode_corpus(
 
 
 def write(path: str | os.PathLike, encoded: EncodedCorpus) -> None:
-  """Writes an encoded corpus as safetensors; vectors as float16.
+  """Writes an encoded corpus as safetensors; token vectors as float16.
 
   Args:
     path: the file; written aside and renamed.
@@ -95,16 +95,15 @@ def write(path: str | os.PathLike, encoded: EncodedCorpus) -> None:
     "sha256": encoded.sha256,
     "method": json.dumps(json_settings.to_json(encoded.method)),
   }
+  arrays = {
+    "tokens": np.asarray(documents.tokens, np.float16),
+    "offsets": documents.offsets,
+    "pooled": documents.pooled,
+  }
+  if documents.word_ids is not None:
+    arrays["word_ids"] = documents.word_ids
   with files.replacing(path) as aside:
-    safetensors.numpy.save_file(
-      {
-        "tokens": np.asarray(documents.tokens, np.float16),
-        "offsets": documents.offsets,
-        "pooled": documents.pooled,
-      },
-      aside,
-      metadata=facts,
-    )
+    safetensors.numpy.save_file(arrays, aside, metadata=facts)
 
 
 def read(path: str | os.PathLike) -> EncodedCorpus:
@@ -140,7 +139,12 @@ def read(path: str | os.PathLike) -> EncodedCorpus:
   return EncodedCorpus(
     json.loads(facts["ids"]),
     json.loads(facts["texts"]),
-    colbert.Documents(arrays["tokens"], arrays["offsets"], arrays["pooled"]),
+    colbert.Documents(
+      arrays["tokens"],
+      arrays["offsets"],
+      arrays["pooled"],
+      arrays.get("word_ids"),
+    ),
     facts["model"],
     facts["sha256"],
     method,

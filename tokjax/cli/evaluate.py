@@ -36,7 +36,9 @@ class EvaluateConfig:
   dataset: str = "pydocs"  # a folder in BEIR layout, or "pydocs"
   split: str = "test"  # whose queries are asked
   model: str = DEFAULT_MODEL  # folder, weights package or hub name
-  methods: tuple[str, ...] = tuple(comparison.METHODS)
+  # Keys of comparison.METHODS, of a ColBERTer model those of WORD_METHODS; None
+  # for all.
+  methods: tuple[str, ...] | None = None
   metrics: tuple[str, ...] = ("nDCG@10", "R@100", "MRR@10")
   codec: str = "float16"  # how tokens are stored
   fde: int = 10240  # width of the MUVERA encodings, a key of muvera.PRESETS
@@ -98,13 +100,15 @@ def encode(config: EvaluateConfig, *, progress: bool = True) -> Encoded:
     Everything a comparison needs.
 
   Raises:
-    ValueError: as `load`, or for a ColBERTer model, which has no token vectors.
+    ValueError: as `load`, or for a ColBERTer model and settings that only token
+      vectors have.
   """
   checkpoint = checkpoints.load(config.model)
-  # What is compared here are token vectors, whatever the model's own method.
-  methods.check_head(checkpoint.head, methods.Method())
-  dataset = load(config)
   settings = dict(dtype=config.dtype, progress=progress)
+  if checkpoint.method.name == "colberter":
+    return _encode_words(config, checkpoint, settings)
+  # What is compared here are token vectors, whatever the model's own method.
+  dataset = load(config)
   text_config = checkpoint.config
   if config.document_length is not None:
     text_config = dataclasses.replace(
@@ -127,14 +131,32 @@ def encode(config: EvaluateConfig, *, progress: bool = True) -> Encoded:
   )
 
 
+def _encode_words(config, checkpoint, settings):
+  """`encode` for ColBERTer, whose head says how texts are cut."""
+  for name in config.methods or ():
+    checks.one_of(tuple(comparison.WORD_METHODS), methods=name)
+  checks.one_of((None,), document_length=config.document_length)
+  dataset = load(config)
+  return Encoded(
+    dataset=dataset,
+    checkpoint=checkpoint,
+    documents=methods.encode_documents(
+      dataset.document_texts, checkpoint, **settings
+    ),
+    queries=methods.encode_queries(dataset.query_texts, checkpoint, **settings),
+  )
+
+
 def measure(
   config: EvaluateConfig, encoded: Encoded
 ) -> list[comparison.Measured]:
   """Runs the comparison that a config asks for; see `comparison.compare`."""
+  checkpoint = encoded.checkpoint
   return comparison.compare(
     encoded.dataset,
     encoded.documents,
     encoded.queries,
+    model=checkpoint if checkpoint.method.name == "colberter" else None,
     methods=config.methods,
     metrics=config.metrics,
     codec=config.codec,
@@ -179,8 +201,8 @@ def _parse(argv):
   parser = argparse.ArgumentParser(
     prog="tokjax evaluate",
     description="Ranking quality and cost of each way to search a data set.",
-    epilog="methods: "
-    + "; ".join(f"{k}: {v}" for k, v in comparison.METHODS.items()),
+    epilog=f"methods: {_described(comparison.METHODS)}. Methods of a ColBERTer"
+    f" model: {_described(comparison.WORD_METHODS)}.",
   )
   default = EvaluateConfig()
   add = parser.add_argument
@@ -193,11 +215,7 @@ def _parse(argv):
   )
   add("--split", default=default.split, help="whose queries (default: test)")
   add("--model", default=default.model, help="folder, package or hub name")
-  add(
-    "--methods",
-    default=",".join(default.methods),
-    help="comma-separated (default: all)",
-  )
+  add("--methods", help="comma-separated (default: all)")
   add("--metrics", default=",".join(default.metrics), help="comma-separated")
   add("--codec", default=default.codec, choices=codecs.NAMES)
   add("--fde", type=int, default=default.fde, choices=tuple(muvera.PRESETS))
@@ -212,7 +230,7 @@ def _parse(argv):
     dataset=options.dataset,
     split=options.split,
     model=options.model,
-    methods=tuple(options.methods.split(",")),
+    methods=tuple(options.methods.split(",")) if options.methods else None,
     metrics=tuple(options.metrics.split(",")),
     codec=options.codec,
     fde=options.fde,
@@ -223,6 +241,10 @@ def _parse(argv):
     max_queries=options.max_queries,
   )
   return config, options.json
+
+
+def _described(known: dict[str, str]) -> str:
+  return "; ".join(f"{name}: {what}" for name, what in known.items())
 
 
 def _first_queries(full: RetrievalSet, size: int) -> RetrievalSet:

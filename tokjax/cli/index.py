@@ -135,6 +135,7 @@ def write(
     documents.offsets,
     vectors=vectors,
     texts=texts,
+    word_ids=documents.word_ids,
   )
 
 
@@ -148,7 +149,8 @@ def load(
 
   Returns:
     The index, with the candidate sets "pooled" (of ColBERTer "cls") and, if
-    built, "fde"; the id and the text of each document.
+    built, "fde", and the word ids of ColBERTer with exact match; the id and
+    the text of each document.
 
   Raises:
     ValueError: if it was made by something else, or is empty.
@@ -171,7 +173,11 @@ def load(
       fde_config=settings,
     )
   index = token_index.from_payload(
-    codec, found.payload, found.offsets, candidates=candidates
+    codec,
+    found.payload,
+    found.offsets,
+    candidates=candidates,
+    word_ids=found.word_ids,
   )
   return index, found.ids, found.texts
 

@@ -176,11 +176,6 @@ def _evaluator(config):
       "config.evaluation.dataset must name a folder in BEIR layout or pydocs, "
       f"got {dataset!r}"
     )
-  if config.words is not None and config.words.exact_match:
-    raise ValueError(
-      "config.words.exact_match must be False for config.evaluation: an index "
-      "holds no words to match"
-    )
   found = evaluate.load(
     evaluate.EvaluateConfig(
       dataset=dataset,

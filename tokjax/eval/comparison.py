@@ -1,7 +1,8 @@
 """Ways to search one data set, side by side: quality, bytes and time.
 
 BM25, the mean token vector, exact MaxSim and MUVERA candidates re-ranked with
-MaxSim, over the same documents and queries, encoded once.
+MaxSim, over the same documents and queries, encoded once. Of a ColBERTer model:
+its vectors of texts, and both its scores.
 """
 
 import dataclasses
@@ -17,8 +18,9 @@ from tokjax import checks
 from tokjax.data.retrieval_set import RetrievalSet
 from tokjax.eval import bm25, runs
 from tokjax.retrieval import codecs, colbert, muvera, search, token_index
+from tokjax.retrieval import methods as text_methods
 
-__all__ = ["METHODS", "Measured", "compare"]
+__all__ = ["METHODS", "WORD_METHODS", "Measured", "compare"]
 
 # name -> what it is, one line, for tables and reports
 METHODS = {
@@ -30,20 +32,28 @@ METHODS = {
   "fde-filled+maxsim": "candidates by MUVERA as published, re-rank",
 }
 
+# The same for ColBERTer, whose vectors are those of words and of texts.
+WORD_METHODS = {
+  "bm25": METHODS["bm25"],
+  "dense": "the vector of the text",
+  "colberter": "both scores of all documents",
+  "dense+colberter": "candidates by the vector of the text, both scores",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
   """What one method reached.
 
   Attributes:
-    name: key of `METHODS`.
+    name: key of `METHODS` or `WORD_METHODS`.
     metrics: {metric: mean in 0..1}.
     bytes_per_document: of everything its search reads.
     ms_per_query: median over repeats, queries in batches, encoding the query
       not included.
     build_seconds: to make its index from encoded documents (BM25: from text).
-    exact_overlap: share of exact MaxSim's ten best that are among its ten
-      best, mean over queries; None where "maxsim" was not measured.
+    exact_overlap: share of the ten best of "maxsim" ("colberter") that are
+      among its ten best, mean over queries; None where that was not measured.
     run: {query id: {document id: score}}, what it found.
   """
 
@@ -61,7 +71,8 @@ def compare(
   documents: colbert.Documents,
   queries: colbert.Queries,
   *,
-  methods: Sequence[str] = tuple(METHODS),
+  model: text_methods.TextModel | None = None,
+  methods: Sequence[str] | None = None,
   codec: str = "bfloat16",
   fde: int = 10240,
   num_candidates: int = 256,
@@ -75,7 +86,8 @@ def compare(
     dataset: documents, queries, judgements.
     documents: its encoded documents, in its order.
     queries: its encoded queries, in its order.
-    methods: keys of `METHODS`.
+    model: the ColBERTer model that encoded them; None for token vectors.
+    methods: keys of `METHODS`, of a model keys of `WORD_METHODS`; None for all.
     codec: how tokens are stored; a name of `codecs.NAMES`.
     fde: width of the MUVERA encodings, a key of `muvera.PRESETS`.
     num_candidates: documents re-ranked per query.
@@ -89,8 +101,10 @@ def compare(
   Raises:
     ValueError: for an unknown method, codec or preset, or sizes that disagree.
   """
+  known = tuple(METHODS if model is None else WORD_METHODS)
+  methods = known if methods is None else methods
   for name in methods:
-    checks.one_of(tuple(METHODS), methods=name)
+    checks.one_of(known, methods=name)
   checks.one_of(codecs.NAMES, codec=codec)
   checks.one_of(tuple(muvera.PRESETS), fde=fde)
   checks.same_size(
@@ -102,7 +116,7 @@ def compare(
   )
   k = min(k, len(dataset.document_ids))
   index = None
-  if any("maxsim" in name for name in methods):
+  if not {"bm25", "dense"}.issuperset(methods):
     index = _Index(dataset, documents, codec, fde)
   rows = []
   for name in methods:
@@ -110,6 +124,10 @@ def compare(
       find, size, seconds = _lexical(dataset, k)
     elif name == "dense":
       find, size, seconds = _dense(dataset, documents, queries, k)
+    elif model is not None:
+      find, size, seconds = index.word_finder(
+        name, queries, model, k, num_candidates
+      )
     else:
       find, size, seconds = index.finder(name, queries, k, num_candidates)
     run = find()  # compiles
@@ -129,7 +147,7 @@ def compare(
         run=run,
       )
     )
-  exact = [row.run for row in rows if row.name == "maxsim"]
+  exact = [row.run for row in rows if row.name in ("maxsim", "colberter")]
   if not exact:
     return rows
   return [
@@ -144,7 +162,12 @@ class _Index:
   def __init__(self, dataset, documents, codec, fde):
     start = time.perf_counter()
     trained = codecs.train(codec, jax.random.key(0), documents.tokens)
-    index = token_index.build(documents.tokens, documents.offsets, trained)
+    index = token_index.build(
+      documents.tokens,
+      documents.offsets,
+      trained,
+      word_ids=documents.word_ids,
+    )
     self.index = jax.block_until_ready(index)
     self.seconds = time.perf_counter() - start
     self.dataset, self.documents, self.fde = dataset, documents, fde
@@ -186,6 +209,28 @@ class _Index:
         k=k,
         num_candidates=max(k, num_candidates),
         query_vectors=vectors,
+      )
+      return _run(self.dataset, found.index, found.scores)
+
+    return find, index.num_bytes, seconds
+
+  def word_finder(self, name, queries, model, k, num_candidates):
+    """As `finder`, by both scores of ColBERTer."""
+    start = time.perf_counter()
+    stored = token_index.store_vectors(self.documents.pooled, name="float16")
+    vectors = {model.method.vectors: stored}
+    index = dataclasses.replace(self.index, candidates=vectors)
+    jax.block_until_ready(index)
+    seconds = self.seconds + time.perf_counter() - start
+
+    def find():
+      found = text_methods.search(
+        index,
+        queries,
+        model,
+        mode="exact" if name == "colberter" else None,
+        k=k,
+        num_candidates=max(k, num_candidates),
       )
       return _run(self.dataset, found.index, found.scores)
 

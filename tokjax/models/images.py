@@ -7,6 +7,7 @@ subtract a mean and divide by a deviation per channel.
 
 import dataclasses
 import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from tokjax import checks
 __all__ = [
   "PREPARATIONS",
   "Preparation",
+  "in_folder",
   "normalize",
   "preparation_from_json",
   "prepare",
@@ -96,6 +98,28 @@ def read(path: str | os.PathLike) -> np.ndarray:
     raise
   except (OSError, SyntaxError) as error:  # Pillow's names for damage
     raise ValueError(f"{path} is not a whole image: {error}") from error
+
+
+def in_folder(folder: str | os.PathLike) -> list[pathlib.Path]:
+  """The .png, .jpg and .jpeg files of a folder in the order of their names.
+
+  Args:
+    folder: folders in it are not searched.
+
+  Returns:
+    At least one path.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  paths = sorted(
+    path
+    for path in pathlib.Path(folder).glob("*")
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+  )
+  if not paths:
+    raise ValueError(f"no .png or .jpg image in {folder}")
+  return paths
 
 
 def prepare(

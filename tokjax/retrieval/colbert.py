@@ -78,11 +78,14 @@ class Documents(NamedTuple):
     offsets: document i owns tokens[offsets[i]:offsets[i + 1]].
     pooled: mean hidden state of all its tokens (scored or not), unit length,
       before the head, float32: the vector of a dense retriever.
+    word_ids: which word each row stands for, where only equal words match
+      (ColBERTer); None elsewhere.
   """
 
   tokens: np.ndarray  # [T, D]
   offsets: np.ndarray  # int64 [Nd + 1]
   pooled: np.ndarray  # [Nd, h]
+  word_ids: np.ndarray | None = None  # uint32 [T]
 
 
 class Queries(NamedTuple):
@@ -93,11 +96,13 @@ class Queries(NamedTuple):
     mask: True where a token is scored.
     pooled: as in `Documents`; [MASK] padding that is not attended to does not
       count.
+    word_ids: as in `Documents`; 0 where the mask is False.
   """
 
   tokens: np.ndarray  # [Nq, Q, D]
   mask: np.ndarray  # bool [Nq, Q]
   pooled: np.ndarray  # [Nq, h]
+  word_ids: np.ndarray | None = None  # uint32 [Nq, Q]
 
 
 def tokenize(

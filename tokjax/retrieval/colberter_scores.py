@@ -16,10 +16,10 @@ from tokjax.kernels import maxsim
 from tokjax.kernels.maxsim import api, sharding
 from tokjax.typing import Array, Bool, Float, Implementation
 
-__all__ = ["Scores", "score", "score_pairs"]
+__all__ = ["PADDING_SCORE", "Scores", "score", "score_pairs"]
 
 # What the published code writes over the scores of padding before the maximum.
-_PADDING_SCORE = -1000.0
+PADDING_SCORE = -1000.0
 
 
 class Scores(NamedTuple):
@@ -330,7 +330,7 @@ def _exact(
     )
     # The order of these lines is the definition: see `score`.
     products = jnp.where(ids[:, None] == found_ids[None, :], products, 0)
-    products = jnp.where(found_mask[None, :], products, _PADDING_SCORE)
+    products = jnp.where(found_mask[None, :], products, PADDING_SCORE)
     return jnp.sum(jnp.where(mask, _first_max(products), 0))
 
   pair_bytes = 3 * 4 * query_size * document_size  # products, and masks

@@ -3,8 +3,9 @@
 Documents come back packed, as `tokjax.retrieval.colbert` packs tokens: their
 word vectors are the tokens of an index, their text vectors its candidates.
 Words whose gate is closed are left out. `search_fused` then finds candidates
-by the text vectors and ranks them by both scores; for exact match,
-`select_documents` takes candidates out for `colberter.score_pairs`.
+by the text vectors and ranks them by both scores, with exact match where index
+and queries have word ids. `select_documents` takes lists of documents out for
+`colberter.score_pairs`, without an index.
 """
 
 import functools
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from jaxtyping import UInt32
 
 from tokjax import checks
 from tokjax.retrieval import colbert, colberter, index_scoring, length_batches
@@ -204,6 +206,7 @@ def search_fused(
   query_mask: Bool[Array, "Nq Q"],
   query_cls: Float[Array, "Nq C"],
   fusion: Float[Array, ""],
+  query_word_ids: UInt32[Array, "Nq Q"] | None = None,
   *,
   mode: str = "cls",
   k: int = 10,
@@ -216,17 +219,19 @@ def search_fused(
 
       sigmoid(fusion) cls_score + (1 - sigmoid(fusion)) token_score
 
-  Without exact match: an index holds no word ids. Costs 2 Nq Nd C FLOPs, and
-  2 Nq Q D for each word of the candidates. Wrap it in `jax.jit` with the
-  keyword settings static.
+  as `colberter.score` gives them; with word ids on both sides only equal words
+  match. Costs 2 Nq Nd C FLOPs, and 2 Nq Q D for each word of the candidates.
+  Wrap it in `jax.jit` with the keyword settings static.
 
   Args:
     index: made of `encode_documents`: its word vectors as tokens, its text
-      vectors as candidates.
+      vectors as candidates, and for exact match its word ids.
     queries: word vectors of the queries.
     query_mask: True where a query word counts.
     query_cls: text vectors of the queries.
     fusion: of the head.
+    query_word_ids: ids that exact match compares; given if the index has
+      some, and only then.
     mode: name of the text vectors in `index.candidates`.
     k: results per query, 1..Nd.
     num_candidates: documents scored by both per query, at least k; more than
@@ -234,10 +239,13 @@ def search_fused(
 
   Returns:
     Positions int32 and mixed float32 scores, best first; ties: lower position
-    first. A document without words comes after all that have some.
+    first. A document without words comes after all that have some, but with
+    exact match has the token score -1000 for each query word.
 
   Raises:
-    ValueError: for an unknown mode, a k out of range or sizes that disagree.
+    ValueError: for an unknown mode, a k out of range, sizes that disagree, or
+      word ids of one side only.
+    TypeError: if word ids are not uint32.
 
   Example:
     >>> from tokjax.retrieval import token_index
@@ -264,7 +272,9 @@ def search_fused(
   # Ascending positions: ties of the mixed scores go to the lower one.
   found, cls_scores = jax.lax.sort((found, cls_scores), num_keys=1)
   found = jnp.where(cls_scores > -jnp.inf, found, -1)
-  token_scores = index_scoring.rescore(index, queries, query_mask, found)
+  token_scores = index_scoring.rescore(
+    index, queries, query_mask, found, query_word_ids
+  )
   weight = jax.nn.sigmoid(fusion.astype(jnp.float32))
   scores = weight * cls_scores + (1 - weight) * token_scores
   scores = jnp.where(found >= 0, scores, -jnp.inf)

@@ -2,7 +2,8 @@
 
     manifest-00000002.json     what belongs to version 2, with sizes and sha256
     codec-1-9f3a/...           arrays of the codec
-    segment-2-71c0/...         documents of one `add`: payload, offsets, ids
+    segment-2-71c0/...         documents of one `add`: payload, offsets, ids,
+                               and what else was given of them
 
 Every change writes new files first and then one new manifest, which exists
 either whole or not at all; the highest number is the current version. So a
@@ -14,6 +15,9 @@ TensorStore; ids are UTF-8 bytes with offsets. Deleting marks documents, and
 
 Two writers: a lock on the folder lets one in (local file systems), and the
 manifest is created only if its number is still free (also in buckets).
+
+Manifests have format version 1, or 2 where rows have word ids: whoever does not
+know those must not search such rows.
 """
 
 import os
@@ -147,6 +151,7 @@ def add(
   *,
   vectors: dict[str, Any] | None = None,
   texts: Sequence[str] | None = None,
+  word_ids: np.ndarray | None = None,
 ) -> StoredIndex:
   """Adds documents as a new segment and commits a new version.
 
@@ -158,12 +163,15 @@ def add(
     vectors: further arrays with a row per document; the same names in every
       segment.
     texts: one text per document, to be shown; all segments have them or none.
+    word_ids: uint32[T], which word each row stands for; all segments have them
+      or none.
 
   Returns:
     The new version, opened.
 
   Raises:
     ValueError: for an id that exists, or sizes or names that disagree.
+    TypeError: if word ids are not uint32.
     WriterConflictError: if another writer is at work; nothing has changed.
     OSError: if the disk is full; nothing has changed.
   """
@@ -179,6 +187,10 @@ def add(
     checks.same_size(
       **{"offsets_last": int(offsets[-1]), f"payload_{name}": array.shape[0]}
     )
+  if word_ids is not None:
+    checks.same_size(offsets_last=int(offsets[-1]), word_ids=len(word_ids))
+    if word_ids.dtype != np.uint32:
+      raise TypeError(f"word_ids must be uint32, got {word_ids.dtype}")
   with storage.writer(folder):
     current = open_index(folder)
     known, seen = set(current.ids()), set()
@@ -190,7 +202,10 @@ def add(
       checks.one_of((segment["vectors"],), vectors_names=sorted(vectors))
       checks.one_of((segment["payload"],), payload_names=sorted(payload))
       checks.one_of((segment["texts"],), has_texts=texts is not None)
-    documents = Documents(payload, offsets, list(ids), vectors, texts)
+      checks.one_of(
+        (segment.get("word_ids", False),), has_word_ids=word_ids is not None
+      )
+    documents = Documents(payload, offsets, list(ids), vectors, texts, word_ids)
     return _commit_segments(current, current.manifest["segments"], documents)
 
 
@@ -296,6 +311,10 @@ def _commit_segments(current, segments, documents):
   }
   if documents.texts is not None:
     arrays |= _strings("text", documents.texts)
+  format_version = 1
+  if documents.word_ids is not None:
+    arrays["word_ids"] = documents.word_ids
+    format_version = 2
   arrays = {f"{name}/{key}": x for key, x in arrays.items()}
   written = storage.write_arrays(current.folder, arrays)
   segment = {
@@ -306,6 +325,8 @@ def _commit_segments(current, segments, documents):
     "texts": documents.texts is not None,
     "deleted": [],
   }
+  if format_version == 2:
+    segment["word_ids"] = True
   kept = tuple(f"{entry['name']}/" for entry in segments)
   kept += tuple(current.manifest["codec"]["arrays"].values())
   old = (
@@ -321,6 +342,7 @@ def _commit_segments(current, segments, documents):
     current.folder,
     {
       **current.manifest,
+      "format_version": format_version,
       "version": version,
       "segments": [*segments, segment],
       "arrays": {**old, **written},

@@ -22,6 +22,8 @@ class Documents(NamedTuple):
     ids: one string per document.
     vectors: further arrays with a row per document, by name.
     texts: one text per document; None if none were given.
+    word_ids: which word each row stands for, uint32[T]; None if none were
+      given.
   """
 
   payload: dict[str, np.ndarray]
@@ -29,6 +31,7 @@ class Documents(NamedTuple):
   ids: list[str]
   vectors: dict[str, np.ndarray]
   texts: list[str] | None = None
+  word_ids: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +109,9 @@ class StoredIndex:
       texts=None
       if parts[0].texts is None
       else [text for part in parts for text in part.texts],
+      word_ids=None
+      if parts[0].word_ids is None
+      else np.concatenate([part.word_ids for part in parts]),
     )
 
   def ids(self) -> list[str]:
@@ -165,8 +171,11 @@ class StoredIndex:
     }
     ids = self.segment_ids(segment)
     texts = self._strings(segment, "text") if segment["texts"] else None
+    word_ids = None
+    if segment.get("word_ids"):  # only manifests of format version 2 say so
+      word_ids = self._read(f"{name}/word_ids")
     if not deleted:
-      return Documents(payload, offsets, ids, vectors, texts)
+      return Documents(payload, offsets, ids, vectors, texts, word_ids)
     keep = np.ones(len(ids), bool)
     keep[deleted] = False
     lengths = np.diff(offsets)
@@ -177,6 +186,7 @@ class StoredIndex:
       ids=_without(ids, deleted),
       vectors={key: x[keep] for key, x in vectors.items()},
       texts=None if texts is None else _without(texts, deleted),
+      word_ids=None if word_ids is None else word_ids[rows],
     )
 
 

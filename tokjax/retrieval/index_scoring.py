@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import UInt32
 
 from tokjax import checks, compat
 from tokjax.kernels.maxsim import EMPTY_SCORE
-from tokjax.retrieval import muvera
+from tokjax.retrieval import colberter_scores, muvera
 from tokjax.retrieval.token_index import Candidates, TokenIndex
 from tokjax.typing import Array, Bool, Float, Int
 
@@ -171,8 +172,12 @@ def rescore(
   queries: Float[Array, "Nq Q D"],
   query_mask: Bool[Array, "Nq Q"] | None,
   documents: Int[Array, "Nq C"],
+  query_word_ids: UInt32[Array, "Nq Q"] | None = None,
 ) -> Float[Array, "Nq C"]:
   """MaxSim of each query with its own list of documents.
+
+  With word ids the match is exact, as in `colberter_scores.score`: products of
+  different words count as 0 in the maximum.
 
   Only the pages of the listed documents are read and decoded, in blocks of a
   static size whose number depends on the lengths found: no document is cut,
@@ -183,21 +188,27 @@ def rescore(
     queries: query tokens, any float dtype.
     query_mask: True where a query token counts; None for all.
     documents: positions in the index; -1 for none.
+    query_word_ids: ids that exact match compares; given if the index has
+      some, and only then.
 
   Returns:
-    float32 scores; EMPTY_SCORE for a document without tokens, -inf at -1.
+    float32 scores; EMPTY_SCORE for a document without tokens (with exact match
+    PADDING_SCORE for each query word), -inf at -1.
 
   Raises:
-    ValueError: if sizes disagree.
+    ValueError: if sizes disagree, or only one side has word ids.
+    TypeError: if word ids are not uint32.
   """
-  queries, query_mask = prepare_queries(index, queries, query_mask)
+  queries, query_mask = prepare_queries(
+    index, queries, query_mask, query_word_ids
+  )
   checks.same_size(queries=queries.shape[0], documents=documents.shape[0])
   size, block = index.page_size, min(index.block_pages, _RESCORE_PAGES)
   num_documents, num_tokens = documents.shape[1], queries.shape[1]
   room = num_documents * index.max_pages + block
 
   def one(inputs):
-    query, query_mask, documents = inputs  # [Q, D], [Q], [C]
+    query, query_mask, documents, word_ids = inputs  # [Q, D], [Q], [C], [Q]
     listed = documents >= 0
     documents = jnp.maximum(documents, 0)
     num_pages = jnp.where(listed, index.num_pages[documents], 0)
@@ -210,9 +221,10 @@ def rescore(
       # Slots past the last page read some page; nobody looks at the result.
       page = slot + shift[jnp.minimum(place, num_documents - 1)]
       rows = (page * size)[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]
-      similarity = _page_maxima(
-        index, jax.tree.map(lambda x: x[rows.reshape(-1)], index.payload), query
+      payload, row_ids = jax.tree.map(
+        lambda x: x[rows.reshape(-1)], (index.payload, index.word_ids)
       )
+      similarity = _page_maxima(index, payload, query, row_ids, word_ids)
       return jax.lax.dynamic_update_slice_in_dim(
         best, similarity, number * block, 0
       )
@@ -223,14 +235,17 @@ def rescore(
     rank = _ranks(num_pages, ends, room)
     best = _document_maxima(best, rank, index.max_pages)[ends - 1]  # [C, Q]
     scores = jnp.sum(jnp.where(query_mask[None, :], best, 0), axis=1)
-    scores = jnp.where(num_pages > 0, scores, EMPTY_SCORE)
+    empty = EMPTY_SCORE
+    if word_ids is not None:
+      empty = colberter_scores.PADDING_SCORE * jnp.sum(query_mask)
+    scores = jnp.where(num_pages > 0, scores, empty)
     return jnp.where(listed, scores, -jnp.inf)
 
-  return jax.lax.map(one, (queries, query_mask, documents))
+  return jax.lax.map(one, (queries, query_mask, documents, query_word_ids))
 
 
-def prepare_queries(index, queries, query_mask):
-  """float32 queries without NaN padding, and a mask; checks their sizes."""
+def prepare_queries(index, queries, query_mask, query_word_ids=None):
+  """float32 queries without NaN padding, and a mask; checks what is given."""
   checks.has_rank(3, queries=queries)
   checks.same_size(queries_width=queries.shape[2], index_dim=index.codec.dim)
   if query_mask is None:
@@ -239,6 +254,7 @@ def prepare_queries(index, queries, query_mask):
   checks.same_size(
     queries_tokens=queries.shape[1], query_mask_tokens=query_mask.shape[1]
   )
+  _check_word_ids(index, query_mask, query_word_ids)
   queries = jnp.where(query_mask[..., None], queries, 0)
   return queries.astype(jnp.float32), query_mask
 
@@ -248,11 +264,41 @@ def as_ranking(scores, index) -> Ranking:
   return Ranking(jnp.where(scores > -jnp.inf, index, -1), scores)
 
 
-def _page_maxima(index, payload, query_tokens):
-  """Largest similarity of each query token in each page, [pages, tokens]."""
+def _check_word_ids(index, query_mask, query_word_ids):
+  if query_word_ids is None and index.word_ids is not None:
+    raise ValueError(
+      "query_word_ids must be given for an index with word_ids, where only "
+      "equal words match (colberter_texts.search_fused), got None"
+    )
+  if query_word_ids is None:
+    return
+  if index.word_ids is None:
+    raise ValueError(
+      "query_word_ids must be None for an index without word_ids, where exact "
+      "match has nothing to compare"
+    )
+  if query_word_ids.shape != query_mask.shape:
+    raise ValueError(
+      f"query_word_ids must have shape {query_mask.shape}, got "
+      f"{query_word_ids.shape}"
+    )
+  if query_word_ids.dtype != jnp.uint32:
+    raise TypeError(
+      f"query_word_ids must be uint32, got {query_word_ids.dtype}"
+    )
+
+
+def _page_maxima(index, payload, query_tokens, row_ids=None, word_ids=None):
+  """Largest similarity of each query token in each page, [pages, tokens].
+
+  With ids of rows and of query tokens, that of different ones counts as 0.
+  """
   rows = index.codec.decode(payload)
   # Rows first: the maximum then runs over an outer axis, in vector code.
   similarity = jnp.matmul(rows, query_tokens.T, precision="highest")
+  if row_ids is not None:
+    same = row_ids[:, None] == word_ids[None, :]
+    similarity = jnp.where(same, similarity, 0)
   return jnp.max(
     similarity.reshape(-1, index.page_size, similarity.shape[1]), 1
   )

@@ -40,7 +40,8 @@ __all__ = [
 ]
 
 LOCK = "writer.lock"
-_FORMAT = {"format": "tokjax token index", "format_version": 1}
+_FORMAT = "tokjax token index"
+_FORMAT_VERSIONS = (1, 2)  # see `index_files`
 _CHUNK_BYTES = 32 << 20
 _SMALL_FILE_BYTES = 1 << 20  # read and compared in full when opened
 # One context, so that "memory://" names the same store in every call.
@@ -91,7 +92,7 @@ def read_manifest(folder: str, version: int) -> dict[str, Any]:
 
   Raises:
     DamagedIndexError: if it is not what was written.
-    ValueError: if it was written by a later format.
+    ValueError: if it was written in a later format.
   """
   name = manifest_name(version)
   content = store(folder).read(name).result().value
@@ -106,11 +107,13 @@ def read_manifest(folder: str, version: int) -> dict[str, Any]:
     raise DamagedIndexError(
       f"index {folder} is damaged: {name} (sha256 differs)"
     )
-  for key, value in _FORMAT.items():
-    if manifest.get(key) != value:
+  for key, accepted in (
+    ("format", (_FORMAT,)), ("format_version", _FORMAT_VERSIONS),
+  ):  # fmt: skip
+    if manifest.get(key) not in accepted:
       raise ValueError(
-        f"{name} in {folder} must have {key} {value!r}, got "
-        f"{manifest.get(key)!r}"
+        f"{name} in {folder} must have {key} "
+        f"{' or '.join(map(repr, accepted))}, got {manifest.get(key)!r}"
       )
   return manifest
 
@@ -129,7 +132,7 @@ def commit(folder: str, manifest: dict[str, Any]) -> dict[str, Any]:
     WriterConflictError: if the version exists.
     OSError: if it could not be written.
   """
-  manifest = {**_FORMAT, **manifest}
+  manifest = {"format": _FORMAT, "format_version": 1, **manifest}
   name = manifest_name(manifest["version"])
   content = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
   files_of = store(folder)

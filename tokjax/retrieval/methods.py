@@ -8,7 +8,8 @@
                and one of the text        one of it      the best texts
 
 All four share one index (`tokjax.retrieval.token_index`): rows of vectors for
-every document, and one vector per document for candidates.
+every document, and one vector per document for candidates. Where only equal
+words of ColBERTer match, each row has the id of its word as well.
 """
 
 import dataclasses
@@ -149,23 +150,19 @@ def encode_documents(
 
   Returns:
     Packed vectors: of tokens, of their means (CRISP) or of words (ColBERTer,
-    with the vectors of the texts in `pooled`).
+    with the vectors of the texts in `pooled` and, for exact match, `word_ids`).
 
   Raises:
-    ValueError: if head and method do not belong together, a marker is not in
-      the vocabulary, or the head compares equal words only: an index holds no
-      words. For that see `colberter_texts.select_documents`.
+    ValueError: if head and method do not belong together, or a marker is not
+      in the vocabulary.
   """
   check_head(model.head, model.method)
   if model.method.name == "colberter":
-    if model.head.config.exact_match:
-      raise ValueError(
-        "exact_match of the head must be False: an index holds vectors and no "
-        "words to match"
-      )
-    return colberter_texts.encode_documents(
+    documents, word_ids = colberter_texts.encode_documents(
       texts, model.tokenizer, model.encoder, model.head, **settings
-    ).documents
+    )
+    exact_match = model.head.config.exact_match
+    return documents._replace(word_ids=word_ids if exact_match else None)
   documents = colbert.encode_documents(
     texts, model.tokenizer, model.encoder, model.head, model.config, **settings
   )
@@ -214,16 +211,19 @@ def encode_queries(
     **settings: as in `encode_documents`.
 
   Returns:
-    Padded vectors with their mask: of tokens, of their means, or of words.
+    Padded vectors with their mask: of tokens, of their means, or of words,
+    which have `word_ids` as those of documents.
 
   Raises:
     ValueError: as `encode_documents`.
   """
   check_head(model.head, model.method)
   if model.method.name == "colberter":
-    return colberter_texts.encode_queries(
+    queries, word_ids = colberter_texts.encode_queries(
       texts, model.tokenizer, model.encoder, model.head, **settings
-    ).queries
+    )
+    exact_match = model.head.config.exact_match
+    return queries._replace(word_ids=word_ids if exact_match else None)
   queries = colbert.encode_queries(
     texts, model.tokenizer, model.encoder, model.head, model.config, **settings
   )
@@ -251,8 +251,8 @@ def search(
   """The k best documents of each query, by the score of the model's method.
 
   Args:
-    index: made of `encode_documents`; its vector per document is named
-      `model.method.vectors`.
+    index: made of `encode_documents`, word ids included where there are some;
+      its vector per document is named `model.method.vectors`.
     queries: from `encode_queries`.
     model: as in `encode_documents`.
     mode: None for the method's own. "exact" for all documents by MaxSim, or
@@ -268,7 +268,8 @@ def search(
     query tokens, others are sums.
 
   Raises:
-    ValueError: for a mode that the method does not have, or as the searches.
+    ValueError: for a mode that the method does not have, word ids of the index
+      or of the queries only, or as the searches.
 
   Source: `search.search_batches`, `xtr.search`, `colberter_texts.search_fused`.
   """
@@ -305,15 +306,24 @@ def search(
 
 
 @functools.partial(jax.jit, static_argnames=("k", "k_prime"))
-def _search_xtr(index, tokens, mask, pooled, *, k, k_prime):
-  del pooled  # a vector of the whole query
+def _search_xtr(index, tokens, mask, pooled, word_ids, *, k, k_prime):
+  del pooled, word_ids  # a vector of the whole query, and of ColBERTer
   return xtr.search(index, tokens, mask, k=k, k_prime=k_prime)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "num_candidates"))
-def _search_fused(index, tokens, mask, pooled, *, fusion, k, num_candidates):
+def _search_fused(
+  index, tokens, mask, pooled, word_ids, *, fusion, k, num_candidates
+):
   return colberter_texts.search_fused(
-    index, tokens, mask, pooled, fusion, k=k, num_candidates=num_candidates
+    index,
+    tokens,
+    mask,
+    pooled,
+    fusion,
+    word_ids,
+    k=k,
+    num_candidates=num_candidates,
   )
 
 
@@ -325,7 +335,7 @@ def _over_batches(find, queries, batch_size):
   for start in range(0, total, batch_size):
     # A last, smaller batch repeats a query, to run the same program.
     rows = np.minimum(np.arange(start, start + batch_size), total - 1)
-    found = find(*(x[rows] for x in queries))
+    found = find(*(None if x is None else x[rows] for x in queries))
     parts.append(Ranking(*(x[: total - start] for x in found)))
   return jax.tree.map(
     lambda *arrays: np.concatenate([np.asarray(x) for x in arrays]), *parts
@@ -335,7 +345,10 @@ def _over_batches(find, queries, batch_size):
 def _in_few_lengths(queries, multiple=8):
   """Queries with masked rows at the end, up to a multiple, to compile less."""
   more = -queries.mask.shape[1] % multiple
-  return queries._replace(
-    tokens=np.pad(queries.tokens, ((0, 0), (0, more), (0, 0))),
-    mask=np.pad(queries.mask, ((0, 0), (0, more))),
-  )
+
+  def padded(x):
+    return np.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
+
+  fields = ("tokens", "mask", "word_ids")
+  changed = jax.tree.map(padded, {x: getattr(queries, x) for x in fields})
+  return queries._replace(**changed)

@@ -59,7 +59,8 @@ def search(
     document without tokens scores EMPTY_SCORE.
 
   Raises:
-    ValueError: for an unknown mode, a k out of range or sizes that disagree.
+    ValueError: for an unknown mode, a k out of range, sizes that disagree, or
+      an index with word ids, which is `colberter_texts.search_fused`'s.
 
   Example:
     >>> import jax.numpy as jnp

@@ -69,6 +69,7 @@ class Candidates:
     "live",
     "block_start",
     "candidates",
+    "word_ids",
   ),
   meta_fields=("page_size", "block_pages", "max_pages", "block_documents"),
 )
@@ -93,6 +94,8 @@ class TokenIndex:
     block_pages: pages of a block, at least `max_pages`.
     max_pages: pages of the longest document.
     block_documents: documents of the fullest block.
+    word_ids: which word each stored row stands for, uint32, where only equal
+      words match (ColBERTer); None elsewhere.
   """
 
   codec: Any
@@ -108,6 +111,7 @@ class TokenIndex:
   block_pages: int
   max_pages: int
   block_documents: int
+  word_ids: Any = None
 
   @property
   def num_documents(self) -> int:
@@ -116,7 +120,7 @@ class TokenIndex:
 
   @property
   def num_bytes(self) -> int:
-    """Bytes of all arrays: tokens, tables, candidates and codec."""
+    """Bytes of all arrays: tokens, word ids, tables, candidates and codec."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
@@ -126,6 +130,7 @@ def build(
   codec: codecs.Codec | None = None,
   *,
   candidates: dict[str, Candidates] | None = None,
+  word_ids: np.ndarray | None = None,
   page_size: int = 16,
 ) -> TokenIndex:
   """An index of packed documents. Runs on the host, encodes in blocks.
@@ -136,6 +141,8 @@ def build(
     codec: how to store the rows; None for float32.
     candidates: vectors for candidate search, by the name that `search` takes
       as its mode; see `store_vectors`.
+    word_ids: uint32[T], which word each row stands for; None where words of
+      any kind match.
     page_size: rows of a page. Smaller pages waste less memory on short
       documents, larger ones are gathered faster.
 
@@ -145,6 +152,7 @@ def build(
   Raises:
     ValueError: if the offsets are not ascending from 0 to T, or sizes
       disagree.
+    TypeError: if word ids are not uint32.
 
   Example:
     >>> import numpy as np
@@ -159,7 +167,12 @@ def build(
     codec = codecs.FloatCodec(dim=tokens.shape[1])
   payload = codecs.encode_corpus(codec, tokens)
   return from_payload(
-    codec, payload, offsets, candidates=candidates, page_size=page_size
+    codec,
+    payload,
+    offsets,
+    candidates=candidates,
+    word_ids=word_ids,
+    page_size=page_size,
   )
 
 
@@ -170,6 +183,7 @@ def from_payload(
   *,
   live: np.ndarray | None = None,
   candidates: dict[str, Candidates] | None = None,
+  word_ids: np.ndarray | None = None,
   page_size: int = 16,
 ) -> TokenIndex:
   """An index of rows that a codec has already encoded.
@@ -180,6 +194,7 @@ def from_payload(
     offsets: document i owns rows offsets[i]:offsets[i + 1].
     live: False for documents that must never be returned; None for all True.
     candidates: as in `build`.
+    word_ids: as in `build`.
     page_size: as in `build`.
 
   Returns:
@@ -187,6 +202,7 @@ def from_payload(
 
   Raises:
     ValueError: as `build`.
+    TypeError: as `build`.
   """
   offsets = np.asarray(offsets, np.int64)
   checks.has_rank(1, offsets=offsets)
@@ -208,6 +224,10 @@ def from_payload(
   if live is None:
     live = np.ones(num_documents, bool)
   checks.same_size(documents=num_documents, live=len(live))
+  if word_ids is not None:
+    checks.same_size(payload_rows=num_rows, word_ids=len(word_ids))
+    if word_ids.dtype != np.uint32:
+      raise TypeError(f"word_ids must be uint32, got {word_ids.dtype}")
 
   num_pages = -(-lengths // page_size)
   first_page = np.cumsum(num_pages) - num_pages
@@ -222,13 +242,15 @@ def from_payload(
   rows = (place + offsets[document][:, None]).reshape(-1)
   # A block may start at the last page: then it reads past the end.
   rows = np.pad(rows, (0, block_pages * page_size))
-  if not num_rows:  # only documents without tokens
-    payload = {
-      n: np.zeros((1, *x.shape[1:]), x.dtype) for n, x in payload.items()
-    }
+
+  def stored(x):
+    if not num_rows:  # only documents without tokens
+      x = np.zeros((1, *x.shape[1:]), x.dtype)
+    return jnp.asarray(np.asarray(x)[rows])
+
   return TokenIndex(
     codec=codec,
-    payload={n: jnp.asarray(np.asarray(x)[rows]) for n, x in payload.items()},
+    payload={name: stored(x) for name, x in payload.items()},
     first_page=jnp.asarray(first_page, jnp.int32),
     num_pages=jnp.asarray(num_pages, jnp.int32),
     num_tokens=jnp.asarray(lengths, jnp.int32),
@@ -240,6 +262,7 @@ def from_payload(
     block_pages=block_pages,
     max_pages=max_pages,
     block_documents=int(np.diff(block_start).max()),
+    word_ids=None if word_ids is None else stored(word_ids),
   )
 
 
@@ -336,13 +359,16 @@ def stack_shards(shards: Sequence[TokenIndex]) -> TokenIndex:
     over the mesh.
 
   Raises:
-    ValueError: if there is no shard or page sizes differ.
+    ValueError: if there is no shard, page sizes differ, or only some shards
+      have word ids.
   """
   if not shards:
     raise ValueError("shards must hold at least one index, got none")
   first = shards[0]
   for shard in shards:
     checks.same_size(first=first.page_size, shard=shard.page_size)
+    if (shard.word_ids is None) != (first.word_ids is None):
+      raise ValueError("word_ids must be given of all shards or of none")
   meta = {
     name: max(getattr(shard, name) for shard in shards)
     for name in ("block_pages", "max_pages", "block_documents")
@@ -356,7 +382,7 @@ def stack_shards(shards: Sequence[TokenIndex]) -> TokenIndex:
     if "codec" in names or "fde_params" in names:
       return np.stack([leaves[0]] * len(leaves))
     size = max(leaf.shape[0] for leaf in leaves)
-    if names[0] == "payload":
+    if names[0] in ("payload", "word_ids"):
       size += extra
     elif names[0] == "page_rank":
       size += meta["block_pages"]

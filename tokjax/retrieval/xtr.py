@@ -336,7 +336,8 @@ def search(
     documents are never retrieved.
 
   Raises:
-    ValueError: if sizes disagree or a setting is out of range.
+    ValueError: if sizes disagree, a setting is out of range or the index has
+      word ids.
 
   Example:
     >>> import jax.numpy as jnp

@@ -43,8 +43,7 @@ def evaluator(
     The function, which gives {metric: mean over the judged queries}.
 
   Raises:
-    ValueError: for an unknown metric or a set without judgements; when called,
-      for a head that compares equal words only, as `methods.encode_documents`.
+    ValueError: for an unknown metric or a set without judgements.
 
   Example:
     >>> documents = ["red apple", "green pear"]
@@ -70,6 +69,7 @@ def evaluator(
       documents.tokens,
       documents.offsets,
       candidates={checkpoint.method.vectors: vectors},
+      word_ids=documents.word_ids,
     )
     found = methods.search(
       index,
