@@ -22,7 +22,6 @@ Fused tokens count where they stand, with what they became.
 
 import argparse
 import functools
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,12 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokjax.benchmarks import reduction_methods, timing
+from tokjax.benchmarks import reduction_methods, timing, trained_vit
 from tokjax.models import images, vit_weights
 from tokjax.ops import attention_scores, budgets, similarity
 from tokjax.reduction.types import Reduced
 
-__all__ = ["main", "measure", "quality", "run"]
+__all__ = ["claimed", "main", "measure", "quality", "run"]
 
 # A 7B language model (Vicuna) and a short question.
 _LAYERS, _WIDTH, _MLP_WIDTH, _NUM_WORDS = 32, 4096, 11_008, 64
@@ -185,13 +184,7 @@ def run(
   Raises:
     ValueError: if the folder holds no image.
   """
-  paths = sorted(
-    path
-    for path in pathlib.Path(folder).glob("*")
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg")
-  )[:num_images]
-  if not paths:
-    raise ValueError(f"no .png or .jpg image in {folder}")
+  paths = images.in_folder(folder)[:num_images]
   encoder = vit_weights.load(model) if model else None
   patch = encoder.config.patch_size if encoder else 14
   preparation = images.Preparation(
@@ -230,6 +223,38 @@ def run(
     timing.row("encoder", "encoder", shape, "float32", times["encoder"]),
     *rows,
   ]
+
+
+def claimed(
+  config: trained_vit.VitRun,
+  *,
+  keep: Sequence[int] = (192, 128, 64, 32),
+  methods: Sequence[str] = tuple(reduction_methods.METHODS),
+  progress: bool = True,
+) -> dict[str, trained_vit.Row]:
+  """What is left of photographs under one trained encoder; for claims.
+
+  Args:
+    config: the encoder; `pictures` is the folder of photographs.
+    keep: numbers of tokens to keep, of 24 x 24.
+    methods: names of `reduction_methods.METHODS`.
+    progress: not used.
+
+  Returns:
+    Rows "METHOD K" with `distance`, `coverage` and `attention`.
+  """
+  del progress
+  model = trained_vit.folder(config)
+  rows = run(
+    config.pictures, model=model, keep=keep, methods=methods, repeats=1
+  )[1:]
+  names = ("distance", "coverage", "attention")
+  return {
+    f"{row['implementation']} {row['shape']['K']}": trained_vit.Row(
+      {name: row[name] for name in names}
+    )
+    for row in rows
+  }
 
 
 def _views(pixels):

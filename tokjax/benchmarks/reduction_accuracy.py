@@ -3,10 +3,11 @@
     python -m tokjax.benchmarks.reduction_accuracy runs/vit/model cifar10
 
 Every method reduces the patches once, after block `--layer`, to each number of
-`--keep`; the class token stays. ToMe merges as many in every block, between
-attention and MLP, and Token Transforming works in three places, so that the
-mean number of tokens in a block is near that of the others ("tome",
-"transforming x3"). FLOPs are those of the whole forward, by count.
+`--keep`, by what it reads of the blocks up to that one; the class token stays.
+ToMe merges as many in every block, between attention and MLP, and Token
+Transforming works in three places, so that the mean number of tokens in a block
+is near that of the others ("tome", "transforming x3"). FLOPs are those of the
+whole forward, by count.
 """
 
 import argparse
@@ -18,14 +19,21 @@ import jax
 import jax.numpy as jnp
 
 from tokjax import checks
-from tokjax.benchmarks import reduction_methods, timing
+from tokjax.benchmarks import reduction_methods, timing, trained_vit
 from tokjax.data import cifar10, image_batches
 from tokjax.models import reducing, vit, vit_weights
 from tokjax.ops import plans
 from tokjax.reduction import token_transforming, tome, types
 from tokjax.train import image_classification
 
-__all__ = ["beside_class_token", "forward_flops", "main", "measure"]
+__all__ = [
+  "NAMES",
+  "beside_class_token",
+  "claimed",
+  "forward_flops",
+  "main",
+  "measure",
+]
 
 
 def beside_class_token(
@@ -85,19 +93,20 @@ def _once(name: str, num_keep: int, config, layer: int):
   """A method of the table after one block, and the rows of every block."""
   method = reduction_methods.METHODS[name]
 
-  def reduce(number, features, keys, size, mask, queries):
-    attention = reduction_methods.Attention(queries, keys)
-    signals = reduction_methods.Signals(
-      features[:, 1:], *(attention,) * 3, question=features[:, :1]
-    )
+  def reductions(model, images):
+    # Methods read several blocks: all of those up to `layer`, run once before.
+    signals = reduction_methods.read(model, images, layer)
     few = method(signals, num_keep, config.grid)
-    return beside_class_token(few, features)
 
-  after = reducing.Reduction(reduce, (layer,), place="after", queries=True)
+    def reduce(number, features, keys, size, mask):
+      return beside_class_token(few, features)
+
+    return (reducing.Reduction(reduce, (layer,), place="after"),)
+
   whole = 1 + config.grid[0] * config.grid[1]
   rows = [whole] * (layer + 1)
   rows += [1 + num_keep] * (config.num_layers - layer - 1)
-  return after, rows, rows
+  return reductions, rows, rows
 
 
 def _tome(num_keep: int, config, layer: int):
@@ -118,7 +127,7 @@ def _tome(num_keep: int, config, layer: int):
     )
 
   merge = reducing.Reduction(reduce, tuple(range(layers)))
-  return merge, rows[:-1], rows[1:]
+  return lambda model, images: (merge,), rows[:-1], rows[1:]
 
 
 def _transforming(num_keep: int, config, layer: int):
@@ -146,7 +155,7 @@ def _transforming(num_keep: int, config, layer: int):
     )
 
   mix = reducing.Reduction(reduce, tuple(places), place="after", queries=True)
-  return mix, rows, rows
+  return lambda model, images: (mix,), rows, rows
 
 
 _SPREAD: dict[str, Callable] = {"tome": _tome, "transforming x3": _transforming}
@@ -196,12 +205,12 @@ def measure(
   for name in methods:
     for num_keep in keep:
       if name in _SPREAD:
-        reduction, *counts = _SPREAD[name](num_keep, config, layer)
+        reductions, *counts = _SPREAD[name](num_keep, config, layer)
       else:
-        reduction, *counts = _once(name, num_keep, config, layer)
+        reductions, *counts = _once(name, num_keep, config, layer)
 
-      def predict(model, images, reduction=reduction):
-        return model(images, reductions=(reduction,))
+      def predict(model, images, reductions=reductions):
+        return model(images, reductions=reductions(model, images))
 
       flops = forward_flops(config, *counts)
       rows.append(
@@ -216,6 +225,39 @@ def measure(
         }
       )
   return rows
+
+
+def claimed(
+  run: trained_vit.VitRun,
+  *,
+  keep: Sequence[int] = (32, 16, 8),
+  layer: int = 1,
+  methods: Sequence[str] = NAMES,
+  progress: bool = True,
+) -> dict[str, trained_vit.Row]:
+  """Accuracy of one trained encoder; what claims measure.
+
+  Args:
+    run: the encoder.
+    keep: numbers of patches to keep, of 64.
+    layer: block after which the patches are reduced, of 4.
+    methods: of `NAMES`.
+    progress: not used.
+
+  Returns:
+    Rows "none" and "METHOD K" with `accuracy` and `share`.
+  """
+  del progress
+  _, test = cifar10.load(run.dataset)
+  model = trained_vit.load(run)
+  rows = measure(model, test, keep=keep, layer=layer, methods=methods)
+  result = {}
+  for row in rows:
+    name = row["method"]
+    name += "" if name == "none" else f" {row['keep']}"
+    metrics = {metric: row[metric] for metric in ("accuracy", "share")}
+    result[name] = trained_vit.Row(metrics)
+  return result
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tokjax import checks
 from tokjax.models import vit
 from tokjax.models.reducing import Taps
 from tokjax.ops import attention_scores
@@ -62,10 +63,11 @@ class Signals(NamedTuple):
   """What the methods read of the encoder of one image.
 
   Attributes:
-    features: patches as the second last layer leaves them, in raster order.
+    features: patches as the last layer that is read leaves them (the second
+      last of the encoder, by default), in raster order.
     low: attention of a layer a twelfth up.
     middle: of the layer a third up, where objects show.
-    deep: of the second last layer.
+    deep: of the last layer that is read.
     question: one row in place of the words of a question, which an encoder of
       images alone does not have: the class token.
   """
@@ -77,12 +79,17 @@ class Signals(NamedTuple):
   question: Float[Array, "B 1 D"]
 
 
-def read(model: vit.Vit, images: Float[Array, "B height width C"]) -> Signals:
+def read(
+  model: vit.Vit,
+  images: Float[Array, "B height width C"],
+  layer: int | None = None,
+) -> Signals:
   """Signals of a ViT with a class token and no other special one.
 
   Args:
     model: at least two layers.
     images: normalised, whole patches.
+    layer: the last one that is read, from 0; None for the second last.
 
   Returns:
     The signals; layers of CLIP L/14 are 2, 8 and 22 of 0..23.
@@ -96,12 +103,13 @@ def read(model: vit.Vit, images: Float[Array, "B height width C"]) -> Signals:
       "model must have a class token and no other beside its patches, got "
       f"{config.num_special} special tokens"
     )
-  layers = config.num_layers
-  chosen = (layers // 12, layers // 3, layers - 2)
-  taps = Taps(queries=chosen, keys=chosen, hidden=(layers - 2,))
+  layer = config.num_layers - 2 if layer is None else layer
+  checks.in_range(0, config.num_layers - 1, layer=layer)
+  chosen = ((layer + 2) // 12, (layer + 2) // 3, layer)
+  taps = Taps(queries=chosen, keys=chosen, hidden=(layer,))
   found = model.encode(images, taps=taps).taps
   attention = [Attention(found[i].queries, found[i].keys) for i in chosen]
-  hidden = found[layers - 2].hidden
+  hidden = found[layer].hidden
   return Signals(hidden[:, 1:], *attention, question=hidden[:, :1])
 
 

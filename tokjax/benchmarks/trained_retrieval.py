@@ -347,7 +347,7 @@ class _Bench:
     scores = []
     head, packed = checkpoint.head, found.documents
     everything = np.arange(len(packed.offsets) - 1)
-    # All documents in one list: exact match has no index of its own.
+    # All documents in one list, which is what the search of an index equals.
     chosen = colberter_texts.select_documents(found, everything[None])
     ids = head.config.exact_match
     score = jax.jit(colberter.score)

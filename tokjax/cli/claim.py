@@ -49,7 +49,7 @@ class Claim:
     margin: takes the rows of one run by name; how far the statement holds
       there, in the unit of the metric: it holds when not negative.
     measure: `measure(run, progress=)` gives the rows of a run; a row has
-      `metrics` and `bytes_per_document`.
+      `metrics`, and `bytes_per_document` where it is about an index.
   """
 
   statement: str
@@ -118,9 +118,15 @@ def main(argv: list[str]) -> int:
 
 
 def _print_rows(rows, title):
-  names = list(next(iter(rows.values())).metrics)
-  table = Table("", *names, "bytes/doc", title=title)
+  names = list(dict.fromkeys(x for row in rows.values() for x in row.metrics))
+  indexed = hasattr(next(iter(rows.values())), "bytes_per_document")
+  table = Table("", *names, *["bytes/doc"] * indexed, title=title)
   for name, row in rows.items():
-    numbers = (f"{row.metrics[metric]:.4f}" for metric in names)
-    table.add_row(name, *numbers, f"{row.bytes_per_document:,.0f}")
+    numbers = [
+      f"{row.metrics[metric]:.4f}" if metric in row.metrics else ""
+      for metric in names
+    ]
+    if indexed:
+      numbers.append(f"{row.bytes_per_document:,.0f}")
+    table.add_row(name, *numbers)
   Console().print(table)
