@@ -46,8 +46,9 @@ def bounded_caches():
 
 @pytest.fixture(autouse=True)
 def annotations(request):
-  """Checks every annotation, except in tests with the mark `unchecked`.
+  """Leaves annotations unchecked in tests with the mark `unchecked`.
 
+  With `--jaxtyping-packages=tokjax,beartype.beartype` all others check them.
   Those ask what tokjax itself says of an argument that the annotation already
   forbids.
   """

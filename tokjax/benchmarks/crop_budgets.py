@@ -88,9 +88,13 @@ def measure(
     )
 
   side_by_side = jnp.repeat(jnp.arange(4), num_patches)
+  budgeted = jax.jit(
+    global_com.global_com,
+    static_argnames=("grid", "keep_ratio", "temperature"),
+  )
   result = {"whole": row(everything, side_by_side)}
   for ratio in ratios:
-    found = global_com.global_com(
+    found = budgeted(
       overview.patches,
       patches,
       scores(overview),

@@ -6,8 +6,9 @@ of the package; a page becomes sub-images of 16 x 16 patches. The share of ink
 on kept patches is what a reader of the page could still read.
 """
 
+import functools
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from tokjax.benchmarks import reduction_methods, trained_vit
-from tokjax.models import vit
 from tokjax.reduction import controls, correlation_guided, types, vtc_cls
 from tokjax.train import image_classification
 
@@ -95,10 +95,23 @@ def ink(squares: np.ndarray, patch_size: int) -> np.ndarray:
   return amount / amount.sum()
 
 
-def _ways(
-  signals: reduction_methods.Signals, num_keep: int, key: jax.Array
+@jax.jit
+def _by_content(signals: reduction_methods.Signals) -> types.Reduced:
+  """The method, with room for every token."""
+  return correlation_guided.correlation_guided(
+    signals.features,
+    jnp.mean(signals.low.keys[:, :, 1:], axis=1),
+    reduction_methods.class_attention(signals.low),
+    reduction_methods.class_attention(signals.deep),
+    num_keep=signals.features.shape[1],
+  )
+
+
+@functools.partial(jax.jit, static_argnames="num_keep")
+def _others(
+  signals: reduction_methods.Signals, key: jax.Array, num_keep: int
 ) -> Mapping[str, types.Reduced]:
-  """The method, and others that keep as many tokens of every sub-image."""
+  """Ways that keep as many tokens of every sub-image."""
   x = signals.features
   deep = reduction_methods.class_attention(signals.deep)
   low = reduction_methods.class_attention(signals.low)
@@ -126,24 +139,16 @@ def measure(
     the tokens.
   """
   del progress
-  model = trained_vit.load(run)
+  model, read = trained_vit.load(run), jax.jit(reduction_methods.read)
   result = {}
   for name, page in pages().items():
     squares = sub_images(page, _SIDE * model.config.patch_size)
-    signals = _signals(model, squares)
+    signals = read(model, image_classification.pixels(squares))
     amount = ink(squares, model.config.patch_size)
-    num_tokens = amount.shape[1]
-    keys = jnp.mean(signals.low.keys[:, :, 1:], axis=1)
-    chosen = correlation_guided.correlation_guided(
-      signals.features,
-      keys,
-      reduction_methods.class_attention(signals.low),
-      reduction_methods.class_attention(signals.deep),
-      num_keep=num_tokens,
-    )
-    budget = max(1, round(float(jnp.mean(jnp.sum(chosen.mask, axis=1)))))
-    ways = _ways(signals, budget, jax.random.key(run.seed))
-    for way, reduced in {"correlation": chosen, **ways}.items():
+    chosen = _by_content(signals)
+    budget = max(1, round(float(np.asarray(chosen.mask).sum(axis=1).mean())))
+    others = _others(signals, jax.random.key(run.seed), budget)
+    for way, reduced in {"correlation": chosen, **others}.items():
       mask = np.asarray(reduced.mask)
       held = np.take_along_axis(amount, np.asarray(reduced.index), axis=1)
       result[f"{name}: {way}"] = trained_vit.Row(
@@ -153,8 +158,3 @@ def measure(
         }
       )
   return result
-
-
-def _signals(model: vit.Vit, squares: np.ndarray):
-  read: Callable = jax.jit(reduction_methods.read)
-  return read(model, image_classification.pixels(squares))

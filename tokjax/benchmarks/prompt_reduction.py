@@ -6,6 +6,7 @@ The mean patch of a class stands in for the words that name it, and the class
 token of the question's image for the last word of the prompt.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -71,22 +72,33 @@ def measure(
   result = {}
   for num_keep in keep:
     key, second = jax.random.split(jax.random.key(run.seed * 1000 + num_keep))
-    ways = {
-      "catp": catp.catp_stage1(patches, text, num_keep=num_keep),
-      "divprune": divprune.divprune(patches, num_keep=num_keep),
-      "attention": vtc_cls.vtc_cls(patches, attended, num_keep=num_keep),
-      "random": controls.random_keep(key, patches, num_keep=num_keep),
-    }
+    ways = _first_stage(patches, text, attended, key, num_keep)
     for name, reduced in ways.items():
       result[f"{name} {num_keep}"] = on_object(reduced)
-    result |= _context(
-      ways["catp"], seen, made.labels, text, num_prompts=num_prompts, key=second
-    )
+    labels = made.labels.reshape(num_prompts, 5)
+    related = np.repeat(labels[:, :4] == labels[:, 4:], num_keep, axis=1)
+    ways = _second_stage(ways["catp"], seen, text, second, num_prompts)
+    for name, reduced in ways.items():
+      hit = np.take_along_axis(related, np.asarray(reduced.index), axis=1)
+      row = trained_vit.Row({"related": float(hit.mean())})
+      result[f"{name} context {num_keep}"] = row
   return result
 
 
-def _context(stage1, seen, labels, text, *, num_prompts, key):
-  """Stage 2 of the examples, after stage 1 has cut every scene."""
+@functools.partial(jax.jit, static_argnames="num_keep")
+def _first_stage(patches, text, attended, key, num_keep):
+  """Every scene by itself."""
+  return {
+    "catp": catp.catp_stage1(patches, text, num_keep=num_keep),
+    "divprune": divprune.divprune(patches, num_keep=num_keep),
+    "attention": vtc_cls.vtc_cls(patches, attended, num_keep=num_keep),
+    "random": controls.random_keep(key, patches, num_keep=num_keep),
+  }
+
+
+@functools.partial(jax.jit, static_argnames="num_prompts")
+def _second_stage(stage1, seen, text, key, num_prompts):
+  """The examples of a prompt together, after stage 1 has cut every scene."""
   num_keep = stage1.index.shape[1]
 
   def rows(attention):
@@ -108,24 +120,12 @@ def _context(stage1, seen, labels, text, *, num_prompts, key):
   unit = similarity.safe_normalize
   query_mean = unit(question) + unit(words)
   now, before = rows(seen.last), rows(seen.before)
-  labels = labels.reshape(num_prompts, 5)
-  related = np.repeat(labels[:, :4] == labels[:, 4:], num_keep, axis=1)
-  ways = {
+  return {
     "catp": catp.catp_context(
       examples, now, before, query_mean, num_keep=num_keep
     ),
     "attention": vtc_cls.vtc_cls(examples, now, num_keep=num_keep),
     "random": controls.random_keep(key, examples, num_keep=num_keep),
-  }
-  return {
-    f"{name} context {num_keep}": trained_vit.Row(
-      {
-        "related": float(
-          np.take_along_axis(related, np.asarray(way.index), 1).mean()
-        )
-      }
-    )
-    for name, way in ways.items()
   }
 
 
