@@ -2,7 +2,20 @@
 
     tokjax claim divprune --data ../shared/data
 
-Not recorded yet.
+Recorded 2026-11-28, two AMD EPYC cores (AVX2), jax 0.10.2, encoders of seeds 0
+and 1. The encoders are those of `configs/vit_cifar10.py` (.638 and .656 of
+3,000 test images right without reduction); patches are cut once, after the
+second of four blocks. Accuracy at 32, 16 and 8 of 64 patches, one number a
+seed:
+
+              32          16          8
+    divprune  .626/.638   .596/.598   .554/.541
+    random    .608/.627   .574/.581   .519/.522
+    uniform   .625/.634   .573/.581   .542/.553
+    vtc_cls   .583/.606   .510/.534   .445/.451
+
+Holds: at 8 of 64, .035 and .019 above random, .11 and .09 above the most
+attended.
 """
 
 from tokjax.benchmarks import reduction_accuracy, trained_vit
