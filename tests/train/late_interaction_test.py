@@ -29,6 +29,10 @@ CLUSTERS = crisp.CrispConfig(query_clusters=3, document_clusters=4)
 PLAIN = TextRules(None, False, (), True)
 
 
+def jitted_loss(*settings):
+  return jax.jit(make_loss(*settings))
+
+
 def batch(seed=0, teacher=False):
   random = np.random.default_rng(seed)
   query_mask = np.arange(Q) < random.integers(2, Q + 1, (B, 1))
@@ -99,7 +103,7 @@ def test_loss_is_made_of_its_parts(method, teacher):
     own = jnp.stack([scores[i, i * n : (i + 1) * n] for i in range(B)])
     want += 2.0 * losses.kl_distillation(own, data["teacher"], temperature=0.25)
   settings = dict(temperature=0.5, distill_weight=2.0, distill_temperature=0.25)
-  loss, metrics = make_loss(objective(method, **settings), PLAIN)(m, data, None)
+  loss, metrics = jitted_loss(objective(method, **settings), PLAIN)(m, data, None)
   np.testing.assert_allclose(loss, want, rtol=1e-5)
   allowed = jnp.where(data["false_negative"], -np.inf, scores)
   hits = [allowed[i, i * n] >= allowed[i].max() for i in range(B)]
@@ -143,7 +147,7 @@ def test_colberter_loss_is_made_of_its_parts(teacher):
       (gates[:, 1:], lists[:, 1:]),
     ):
       want += 0.75 * np.sum(x * where) / np.sum(where)
-  loss, _ = make_loss(objective("colberter"), PLAIN)(m, data, None)
+  loss, _ = jitted_loss(objective("colberter"), PLAIN)(m, data, None)
   np.testing.assert_allclose(loss, want, rtol=1e-5)
 
 
@@ -153,7 +157,7 @@ def test_documents_are_encoded_in_parts(method):
   whole, parts = (
     jax.jit(
       jax.value_and_grad(
-        make_loss(
+        jitted_loss(
           objective(method, encode_parts=count, remat_encoder=policy), PLAIN
         ),
         has_aux=True,
@@ -171,7 +175,7 @@ def test_documents_are_encoded_in_parts(method):
   (dropped, _), _ = parts(m, data, jax.random.key(0))
   assert abs(dropped - want) > 1e-4
   with pytest.raises(ValueError, match="documents_of_a_query must be a mult"):
-    make_loss(objective(method, encode_parts=3), PLAIN)(m, data)
+    jitted_loss(objective(method, encode_parts=3), PLAIN)(m, data)
 
 
 @pytest.mark.parametrize("parts", [1, 2])  # of the documents of a device
@@ -180,7 +184,7 @@ def test_eight_devices_equal_one(method, parts, monkeypatch):
   if parts > 1:  # each holds two documents, which come one by one
     monkeypatch.setattr(late_interaction, "_GATHERED_BYTES", 1)
   data, m = batch(teacher=method == "colberter"), model(method)
-  loss_fn = make_loss(objective(method), PLAIN)
+  loss_fn = jitted_loss(objective(method), PLAIN)
   function = jax.value_and_grad(loss_fn, has_aux=True)
   (want, _), want_gradient = jax.jit(function)(m, data, None)
   mesh = meshes.make_mesh(data=4, fsdp=2)
@@ -204,16 +208,16 @@ def test_eight_devices_equal_one(method, parts, monkeypatch):
 
 def test_exact_match_compares_equal_words_only():
   data, m = batch(), model("colberter", exact_match=True)
-  loss, _ = make_loss(objective("colberter"), PLAIN)(m, data, None)
+  loss, _ = jitted_loss(objective("colberter"), PLAIN)(m, data, None)
   other = data | {"document_words": data["document_words"] + 100}
-  alone, _ = make_loss(objective("colberter"), PLAIN)(m, other, None)
+  alone, _ = jitted_loss(objective("colberter"), PLAIN)(m, other, None)
   assert np.isfinite(loss) and abs(loss - alone) > 1e-3
 
 
 def test_queries_are_padded_with_masks():
   data, m = batch(), model()
   expanded = TextRules(7, False, (), True)
-  loss, _ = make_loss(objective("colbert"), expanded)(m, data, None)
+  loss, _ = jitted_loss(objective("colbert"), expanded)(m, data, None)
   queries, documents, _, mask = token_sets(m, data)
   ids = jnp.where(data["query_mask"], data["query_ids"], 7)
   hidden = m.encoder(ids, data["query_mask"])
@@ -227,7 +231,7 @@ def test_queries_are_padded_with_masks():
 def test_skipped_words_are_not_scored():
   data, m = batch(), model()
   skip = TextRules(None, False, (6, 7, 8), True)
-  loss, _ = make_loss(objective("colbert"), skip)(m, data, None)
+  loss, _ = jitted_loss(objective("colbert"), skip)(m, data, None)
   queries, documents, query_mask, mask = token_sets(m, data)
   scored = mask & ~jnp.isin(
     data["document_ids"].reshape(-1, N), jnp.array([6, 7, 8])
@@ -239,7 +243,7 @@ def test_skipped_words_are_not_scored():
 
 def test_hidden_states_stand_for_frozen_blocks():
   data, m = batch(), model()
-  want, _ = make_loss(objective("colbert"), PLAIN)(m, data, None)
+  want, _ = jitted_loss(objective("colbert"), PLAIN)(m, data, None)
   lower, upper = bert.split(m.encoder, 1)
   flat = (
     data["document_ids"].reshape(-1, N),
@@ -250,12 +254,12 @@ def test_hidden_states_stand_for_frozen_blocks():
     "document_hidden": lower(*flat).reshape(B, n, N, WIDTH),
   }
   small = LateInteraction(upper, m.head)
-  loss_fn = make_loss(objective("colbert"), PLAIN)
+  loss_fn = jitted_loss(objective("colbert"), PLAIN)
   np.testing.assert_allclose(
     loss_fn(small, data | hidden, None)[0], want, rtol=1e-5
   )
   with pytest.raises(ValueError, match="mask_id must be None, got 7"):
-    make_loss(objective("colbert"), TextRules(7, False, (), True))(
+    jitted_loss(objective("colbert"), TextRules(7, False, (), True))(
       small, data | hidden, None
     )
 
@@ -263,7 +267,7 @@ def test_hidden_states_stand_for_frozen_blocks():
 @pytest.mark.parametrize("method", METHODS)
 def test_microbatches_are_refused(method):
   """Their queries would meet their own documents only: another loss."""
-  loss_fn, sgd = make_loss(objective(method), PLAIN), optax.sgd(0.1)
+  loss_fn, sgd = jitted_loss(objective(method), PLAIN), optax.sgd(0.1)
   state = steps.init_state(jax.random.key(0), model(method), sgd)
   step = steps.make_step(loss_fn, sgd, num_microbatches=2)
   with pytest.raises(
@@ -277,8 +281,8 @@ def test_microbatches_are_refused(method):
 @pytest.mark.parametrize("policy", steps.REMAT)
 def test_remat_and_dropout(policy):
   data, m = batch(), model()
-  plain = make_loss(objective("colbert"), PLAIN)
-  again = make_loss(objective("colbert", remat_encoder=policy), PLAIN)
+  plain = jitted_loss(objective("colbert"), PLAIN)
+  again = jitted_loss(objective("colbert", remat_encoder=policy), PLAIN)
   with jax.debug_key_reuse(False):  # the same masks twice are the point
     one, two = (
       jax.jit(jax.grad(lambda m, f=f: f(m, data, jax.random.key(0))[0]))(m)
@@ -293,11 +297,11 @@ def test_remat_and_dropout(policy):
 @pytest.mark.unchecked
 def test_settings_are_checked():
   with pytest.raises(ValueError, match="clusters must be given"):
-    make_loss(Objective(method="crisp"), PLAIN)
+    jitted_loss(Objective(method="crisp"), PLAIN)
   with pytest.raises(ValueError, match="remat must be one of .*, got True"):
-    make_loss(Objective(remat_encoder=True), PLAIN)
+    jitted_loss(Objective(remat_encoder=True), PLAIN)
   with pytest.raises(ValueError, match="method must be one of"):
-    make_loss(dataclasses.replace(Objective(), method="bm25"), PLAIN)
+    jitted_loss(dataclasses.replace(Objective(), method="bm25"), PLAIN)
   config = dataclasses.replace(colbert.ColbertConfig(), score_specials=False)
   with pytest.raises(ValueError, match="score_specials"):
     late_interaction.text_rules(config, None)
