@@ -33,6 +33,12 @@ def test_has_rank_lets_none_pass():
     checks.has_rank(2, queries=np.zeros((2, 3)), mask=np.zeros(3))
 
 
+def test_has_dtype_lets_none_pass():
+  checks.has_dtype(np.uint32, word_ids=np.zeros(3, np.uint32), mask=None)
+  with pytest.raises(TypeError, match="word_ids must be uint32, got int32"):
+    checks.has_dtype(np.uint32, word_ids=np.zeros(3, np.int32))
+
+
 def test_divisible():
   checks.divisible(4, width=12)
   with pytest.raises(ValueError, match="width must be a multiple of 4, got 6"):

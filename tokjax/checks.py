@@ -7,7 +7,16 @@ at shapes and Python values only, never at the values of a traced array.
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["divisible", "has_rank", "in_range", "one_of", "same_size"]
+import numpy as np
+
+__all__ = [
+  "divisible",
+  "has_dtype",
+  "has_rank",
+  "in_range",
+  "one_of",
+  "same_size",
+]
 
 
 def same_size(**sizes: int) -> None:
@@ -85,6 +94,27 @@ def has_rank(rank: int, **arrays: Any) -> None:
     if array is not None and len(array.shape) != rank:
       raise ValueError(
         f"{name} must have {rank} axes, got shape {tuple(array.shape)}"
+      )
+
+
+def has_dtype(dtype: Any, **arrays: Any) -> None:
+  """Raises TypeError unless every array has this dtype; None passes.
+
+  Args:
+    dtype: what NumPy takes for one.
+    **arrays: the arrays to check, by the name the message shall use.
+
+  Raises:
+    TypeError: if an array has another dtype.
+
+  Example:
+    >>> import numpy as np
+    >>> has_dtype(np.uint32, word_ids=np.zeros(3, np.uint32))
+  """
+  for name, array in arrays.items():
+    if array is not None and array.dtype != dtype:
+      raise TypeError(
+        f"{name} must be {np.dtype(dtype).name}, got {array.dtype}"
       )
 
 

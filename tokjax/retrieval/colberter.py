@@ -114,7 +114,9 @@ def pool_words(
   """
   checks.has_rank(3, x=x)
   checks.has_rank(2, word_of_token=word_of_token, unique_words=unique_words)
-  _check_ids(word_of_token=word_of_token, unique_words=unique_words)
+  checks.has_dtype(
+    jnp.uint32, word_of_token=word_of_token, unique_words=unique_words
+  )
   checks.same_size(x_tokens=x.shape[1], word_of_token=word_of_token.shape[1])
   checks.same_size(
     x_batch=x.shape[0],
@@ -389,7 +391,7 @@ class ColberterHead(nnx.Module):
       words, mask = pool_words(words, word_of_token, unique_words)
       word_ids = jnp.where(mask, unique_words, 0)
     else:
-      _check_ids(word_of_token=word_of_token)
+      checks.has_dtype(jnp.uint32, word_of_token=word_of_token)
       words = jnp.where(attention_mask[..., None], words, 0)
       mask = attention_mask
       word_ids = jnp.where(mask, word_of_token, 0)
@@ -535,9 +537,3 @@ def loss(
   )
   total = fused_weight * fused + cls_weight * cls + sparsity_weight * sparsity
   return Losses(total, fused, cls, sparsity)
-
-
-def _check_ids(**ids):
-  for name, x in ids.items():
-    if x.dtype != jnp.uint32:
-      raise TypeError(f"{name} must be uint32, got {x.dtype}")

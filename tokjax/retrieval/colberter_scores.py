@@ -274,8 +274,7 @@ def _check(query, document, implementation):
     ):
       if array is not None and array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
-    if ids is not None and ids.dtype != jnp.uint32:
-      raise TypeError(f"{side}_word_ids must be uint32, got {ids.dtype}")
+    checks.has_dtype(jnp.uint32, **{f"{side}_word_ids": ids})
   for i, name in enumerate(("cls", "words")):
     widths = {
       f"query_{name}_width": query[i].shape[-1],

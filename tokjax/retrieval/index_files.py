@@ -189,8 +189,7 @@ def add(
     )
   if word_ids is not None:
     checks.same_size(offsets_last=int(offsets[-1]), word_ids=len(word_ids))
-    if word_ids.dtype != np.uint32:
-      raise TypeError(f"word_ids must be uint32, got {word_ids.dtype}")
+    checks.has_dtype(np.uint32, word_ids=word_ids)
   with storage.writer(folder):
     current = open_index(folder)
     known, seen = set(current.ids()), set()

@@ -282,10 +282,7 @@ def _check_word_ids(index, query_mask, query_word_ids):
       f"query_word_ids must have shape {query_mask.shape}, got "
       f"{query_word_ids.shape}"
     )
-  if query_word_ids.dtype != jnp.uint32:
-    raise TypeError(
-      f"query_word_ids must be uint32, got {query_word_ids.dtype}"
-    )
+  checks.has_dtype(jnp.uint32, query_word_ids=query_word_ids)
 
 
 def _page_maxima(index, payload, query_tokens, row_ids=None, word_ids=None):

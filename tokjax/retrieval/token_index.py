@@ -226,8 +226,7 @@ def from_payload(
   checks.same_size(documents=num_documents, live=len(live))
   if word_ids is not None:
     checks.same_size(payload_rows=num_rows, word_ids=len(word_ids))
-    if word_ids.dtype != np.uint32:
-      raise TypeError(f"word_ids must be uint32, got {word_ids.dtype}")
+    checks.has_dtype(np.uint32, word_ids=word_ids)
 
   num_pages = -(-lengths // page_size)
   first_page = np.cumsum(num_pages) - num_pages
