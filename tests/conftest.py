@@ -48,9 +48,9 @@ def bounded_caches():
 def annotations(request):
   """Leaves annotations unchecked in tests with the mark `unchecked`.
 
-  With `--jaxtyping-packages=tokjax,beartype.beartype` all others check them.
-  Those ask what tokjax itself says of an argument that the annotation already
-  forbids.
+  They ask what tokjax itself says of an argument that the annotation already
+  forbids. All others check annotations under
+  `--jaxtyping-packages=tokjax,beartype.beartype`.
   """
   marked = request.node.get_closest_marker("unchecked") is not None
   jaxtyping.config.update("jaxtyping_disable", marked)

@@ -232,7 +232,7 @@ def fused(
 
   Example:
     >>> import jax.numpy as jnp
-    >>> from tokjax.ops import packing, plans
+    >>> from tokjax.ops import plans
     >>> plan = plans.Merge(jnp.array([[0, 0, 1]]), jnp.array([[0.5, 0.5, 1.0]]))
     >>> x = jnp.array([[[1.0], [3.0], [5.0]]])
     >>> out = fused(x, plan, jnp.array([[0, 2]]))
