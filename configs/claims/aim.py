@@ -17,10 +17,13 @@ seed:
 Holds in every seed and at every budget.
 """
 
+import functools
+
 from tokjax.benchmarks import reduction_accuracy, trained_vit
 from tokjax.cli.claim import Claim
 
 _OTHERS = ("random", "pooling")
+_KEEP = (32, 16, 8)
 
 
 def get_config(data: str) -> Claim:
@@ -30,14 +33,14 @@ def get_config(data: str) -> Claim:
     " images right than from random tokens, and than from the means "
     "of neighbors.",
     runs=trained_vit.on_seeds(f"{data}/images-cifar10"),
-    measure=reduction_accuracy.claimed,
-    margin=_margin,
-  )
-
-
-def _margin(rows):
-  return min(
-    rows[f"aim {k}"].metrics["accuracy"]
-    - max(rows[f"{other} {k}"].metrics["accuracy"] for other in _OTHERS)
-    for k in (32, 16, 8)
+    measure=functools.partial(
+      reduction_accuracy.claimed, keep=_KEEP, methods=("aim", *_OTHERS, "tome")
+    ),
+    margin=functools.partial(
+      trained_vit.lead,
+      name="aim",
+      others=_OTHERS,
+      keep=_KEEP,
+      metric="accuracy",
+    ),
   )

@@ -46,18 +46,11 @@ def get_config(data: str) -> Claim:
 
 
 def _margin(rows):
-  margins = []
-  for k in (64, 32, 16):
-    hit = {
-      name: row.metrics["object"]
-      for name, row in rows.items()
-      if "object" in row.metrics
-    }
-    others = max(hit[f"divprune {k}"], hit[f"attention {k}"])
-    margins.append(hit[f"catp {k}"] - others)
-    related, other = (
-      rows[f"{way} context {k}"].metrics["related"]
-      for way in ("catp", "attention")
-    )
-    margins.append(related - other)
-  return min(margins)
+  keep = (64, 32, 16)
+  others = ("divprune", "attention")
+  return min(
+    trained_vit.lead(rows, "catp", others, keep=keep, metric="object"),
+    trained_vit.lead(
+      rows, "catp context", ("attention context",), keep=keep, metric="related"
+    ),
+  )

@@ -18,8 +18,13 @@ Holds: at 8 of 64, .035 and .019 above random, .11 and .09 above the most
 attended.
 """
 
+import functools
+
 from tokjax.benchmarks import reduction_accuracy, trained_vit
 from tokjax.cli.claim import Claim
+
+_OTHERS = ("random", "vtc_cls")
+_KEEP = (8,)
 
 
 def get_config(data: str) -> Claim:
@@ -29,12 +34,16 @@ def get_config(data: str) -> Claim:
     "encoder names more images right than of 8 random ones, and than "
     "of the 8 that the class token attends to most.",
     runs=trained_vit.on_seeds(f"{data}/images-cifar10"),
-    measure=reduction_accuracy.claimed,
-    margin=_margin,
+    measure=functools.partial(
+      reduction_accuracy.claimed,
+      keep=_KEEP,
+      methods=("divprune", *_OTHERS, "uniform"),
+    ),
+    margin=functools.partial(
+      trained_vit.lead,
+      name="divprune",
+      others=_OTHERS,
+      keep=_KEEP,
+      metric="accuracy",
+    ),
   )
-
-
-def _margin(rows):
-  accuracy = {name: row.metrics["accuracy"] for name, row in rows.items()}
-  others = accuracy["random 8"], accuracy["vtc_cls 8"]
-  return accuracy["divprune 8"] - max(others)

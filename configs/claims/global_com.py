@@ -25,6 +25,8 @@ unequal budgets change next to nothing; and attention in the crops serves the
 reader less than chance. An encoder of this size cannot show the paper's gain.
 """
 
+import functools
+
 from tokjax.benchmarks import crop_budgets, trained_vit
 from tokjax.cli.claim import Claim
 
@@ -37,13 +39,11 @@ def get_config(data: str) -> Claim:
     " for all crops, with the same scores of tokens.",
     runs=trained_vit.on_seeds(f"{data}/images-cifar10", f"{data}/images-kodak"),
     measure=crop_budgets.measure,
-    margin=_margin,
-  )
-
-
-def _margin(rows):
-  accuracy = {name: row.metrics["accuracy"] for name, row in rows.items()}
-  return min(
-    accuracy[f"global {ratio}"] - accuracy[f"equal {ratio}"]
-    for ratio in (0.5, 0.25, 0.1)
+    margin=functools.partial(
+      trained_vit.lead,
+      name="global",
+      others=("equal",),
+      keep=(0.5, 0.25, 0.1),
+      metric="accuracy",
+    ),
   )

@@ -21,10 +21,13 @@ reading as k-center covers more than random tokens at the two larger budgets
 only.
 """
 
+import functools
+
 from tokjax.benchmarks import reduction, trained_vit
 from tokjax.cli.claim import Claim
 
 _OTHERS = ("random", "vtc_cls")
+_KEEP = (192, 128, 64, 32)
 
 
 def get_config(data: str) -> Claim:
@@ -35,14 +38,16 @@ def get_config(data: str) -> Claim:
     "than for those with the most attention, and than for random "
     "ones.",
     runs=trained_vit.on_seeds(f"{data}/images-cifar10", f"{data}/images-kodak"),
-    measure=reduction.claimed,
-    margin=_margin,
-  )
-
-
-def _margin(rows):
-  return min(
-    rows[f"todre {k}"].metrics["coverage"]
-    - max(rows[f"{other} {k}"].metrics["coverage"] for other in _OTHERS)
-    for k in (192, 128, 64, 32)
+    measure=functools.partial(
+      reduction.claimed,
+      keep=_KEEP,
+      methods=("todre", *_OTHERS, "todre k-center", "uniform"),
+    ),
+    margin=functools.partial(
+      trained_vit.lead,
+      name="todre",
+      others=_OTHERS,
+      keep=_KEEP,
+      metric="coverage",
+    ),
   )

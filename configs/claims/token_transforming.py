@@ -21,10 +21,13 @@ attended tokens, and attention chooses badly in this encoder (see `vtc_cls`);
 ToMe, which merges by keys alone, loses least.
 """
 
+import functools
+
 from tokjax.benchmarks import reduction_accuracy, trained_vit
 from tokjax.cli.claim import Claim
 
 _OTHERS = ("tome", "random", "uniform", "divprune", "vtc_cls", "hiprune")
+_KEEP = (16,)
 
 
 def get_config(data: str) -> Claim:
@@ -34,13 +37,16 @@ def get_config(data: str) -> Claim:
     "names more images right than with ToMe, and than with any method"
     " that only drops tokens.",
     runs=trained_vit.on_seeds(f"{data}/images-cifar10"),
-    measure=reduction_accuracy.claimed,
-    margin=_margin,
-  )
-
-
-def _margin(rows):
-  accuracy = {name: row.metrics["accuracy"] for name, row in rows.items()}
-  return accuracy["transforming x3 16"] - max(
-    accuracy[f"{other} 16"] for other in _OTHERS
+    measure=functools.partial(
+      reduction_accuracy.claimed,
+      keep=_KEEP,
+      methods=("transforming x3", *_OTHERS, "aim"),
+    ),
+    margin=functools.partial(
+      trained_vit.lead,
+      name="transforming x3",
+      others=_OTHERS,
+      keep=_KEEP,
+      metric="accuracy",
+    ),
   )

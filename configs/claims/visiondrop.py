@@ -17,10 +17,13 @@ Does not hold: worse than random patches at every budget, and not always better
 than early attention.
 """
 
+import functools
+
 from tokjax.benchmarks import reduction_accuracy, trained_vit
 from tokjax.cli.claim import Claim
 
 _OTHERS = ("random", "fastv")
+_KEEP = (32, 16, 8)
 
 
 def get_config(data: str) -> Claim:
@@ -30,14 +33,14 @@ def get_config(data: str) -> Claim:
     " images right than from random tokens, and than from those that "
     "the class token attends to in the first block.",
     runs=trained_vit.on_seeds(f"{data}/images-cifar10"),
-    measure=reduction_accuracy.claimed,
-    margin=_margin,
-  )
-
-
-def _margin(rows):
-  return min(
-    rows[f"visiondrop {k}"].metrics["accuracy"]
-    - max(rows[f"{other} {k}"].metrics["accuracy"] for other in _OTHERS)
-    for k in (32, 16, 8)
+    measure=functools.partial(
+      reduction_accuracy.claimed, keep=_KEEP, methods=("visiondrop", *_OTHERS)
+    ),
+    margin=functools.partial(
+      trained_vit.lead,
+      name="visiondrop",
+      others=_OTHERS,
+      keep=_KEEP,
+      metric="accuracy",
+    ),
   )

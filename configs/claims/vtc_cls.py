@@ -19,10 +19,13 @@ to few places that look alike. What it means for an encoder like CLIP is not
 shown.
 """
 
+import functools
+
 from tokjax.benchmarks import reduction_accuracy, trained_vit
 from tokjax.cli.claim import Claim
 
 _OTHERS = ("random", "fastv")
+_KEEP = (32, 16, 8)
 
 
 def get_config(data: str) -> Claim:
@@ -33,14 +36,14 @@ def get_config(data: str) -> Claim:
     "encoder better than random ones, and than those that it attends "
     "to in the first block.",
     runs=trained_vit.on_seeds(f"{data}/images-cifar10"),
-    measure=reduction_accuracy.claimed,
-    margin=_margin,
-  )
-
-
-def _margin(rows):
-  return min(
-    rows[f"vtc_cls {k}"].metrics["accuracy"]
-    - max(rows[f"{other} {k}"].metrics["accuracy"] for other in _OTHERS)
-    for k in (32, 16, 8)
+    measure=functools.partial(
+      reduction_accuracy.claimed, keep=_KEEP, methods=("vtc_cls", *_OTHERS)
+    ),
+    margin=functools.partial(
+      trained_vit.lead,
+      name="vtc_cls",
+      others=_OTHERS,
+      keep=_KEEP,
+      metric="accuracy",
+    ),
   )

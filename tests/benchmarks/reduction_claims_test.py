@@ -67,6 +67,23 @@ def test_what_is_trained_is_not_trained_again(run):
   assert [x.seed for x in trained_vit.on_seeds("d", seeds=(4, 5))] == [4, 5]
 
 
+def test_lead_is_over_the_best_other_at_the_worst_budget():
+  table = {"a": (0.5, 0.75), "b": (0.25, 0.125), "c": (0.0, 0.625)}
+  rows = {
+    f"{name} {k}": trained_vit.Row({"R@1": x})
+    for name, values in table.items()
+    for k, x in zip((4, 8), values, strict=True)
+  }
+  settings = dict(keep=(4, 8), metric="R@1")
+  assert trained_vit.lead(rows, "a", ("b", "c"), **settings) == 0.125
+  assert trained_vit.lead(rows, "b", ("c",), **settings) == -0.5
+
+
+def test_photographs_of_a_run_come_in_order(run):
+  shapes = [x.shape for x in trained_vit.photographs(run)]
+  assert shapes == [(60, 90, 3)] * 4
+
+
 @pytest.mark.parametrize("name", CLAIMS)
 def test_claims_can_be_read(name):
   found = claim.load(name, "data")

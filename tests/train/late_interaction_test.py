@@ -103,7 +103,9 @@ def test_loss_is_made_of_its_parts(method, teacher):
     own = jnp.stack([scores[i, i * n : (i + 1) * n] for i in range(B)])
     want += 2.0 * losses.kl_distillation(own, data["teacher"], temperature=0.25)
   settings = dict(temperature=0.5, distill_weight=2.0, distill_temperature=0.25)
-  loss, metrics = jitted_loss(objective(method, **settings), PLAIN)(m, data, None)
+  loss, metrics = jitted_loss(objective(method, **settings), PLAIN)(
+    m, data, None
+  )
   np.testing.assert_allclose(loss, want, rtol=1e-5)
   allowed = jnp.where(data["false_negative"], -np.inf, scores)
   hits = [allowed[i, i * n] >= allowed[i].max() for i in range(B)]

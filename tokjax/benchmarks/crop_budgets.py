@@ -12,7 +12,6 @@ import numpy as np
 
 from tokjax.benchmarks import scenes, trained_vit
 from tokjax.data import cifar10
-from tokjax.models import images
 from tokjax.ops import packing
 from tokjax.reduction import controls, global_com, global_com_scores, types
 
@@ -47,34 +46,29 @@ def measure(
   del progress
   model = trained_vit.load(run)
   train, test = cifar10.load(run.dataset)
-  photographs = [images.read(path) for path in images.in_folder(run.pictures)]
+  photographs = trained_vit.photographs(run)
   made = scenes.compose(test, photographs, num_scenes=num_scenes, seed=run.seed)
   accuracy, _ = scenes.reader(model, train)
-  size = made.squares.shape[2]
-  whole = made.squares.reshape(-1, 2, 2, size, size, 3).swapaxes(2, 3)
-  whole = whole.reshape(-1, size, 2, size, 2, 3).mean(axis=(2, 4))
-  overview = scenes.see(model, whole.round().astype(np.uint8))
-  pieces = scenes.see(model, made.squares.reshape(-1, size, size, 3))
-
-  def scores(seen):
-    query = seen.last.queries[:, :, 0]
-    return global_com_scores.class_scores(query, seen.last.keys)
-
+  overview = scenes.see(model, _overviews(made.squares))
+  pieces = scenes.see(model, made.squares)
   num_patches = overview.patches.shape[1]
-  of_crops = scores(pieces).reshape(num_scenes, 4, num_patches)
-  patches = pieces.patches.reshape(num_scenes, 4, num_patches, -1)
+  of_overview = _scores(overview)
+  of_crops = _scores(pieces).reshape(num_scenes, 4, num_patches)
+  crops = pieces.patches.reshape(num_scenes, 4, num_patches, -1)
   joint = jnp.concatenate(
-    [overview.patches, patches.reshape(num_scenes, 4 * num_patches, -1)], axis=1
+    [overview.patches, crops.reshape(num_scenes, 4 * num_patches, -1)], axis=1
   )
-  everything = types.selected(
-    joint, jnp.tile(jnp.arange(joint.shape[1]), (num_scenes, 1))
+  best = global_com_scores.holistic_scores(
+    of_crops,
+    of_overview,
+    jnp.ones(of_crops.shape, bool),
+    grid=_GRID,
+    alpha=0.5,
   )
-  # Crop of each token of the stream of `global_com`, a canvas in raster order.
-  by_crop = jnp.repeat(jnp.arange(4)[:, None], num_patches, axis=1)
-  canvas = global_com_scores.canvas_of_crops(by_crop, _GRID).reshape(-1)
+  every = jnp.concatenate([of_overview[:, None], best], axis=1)
 
   def row(reduced, crop_of):
-    crop = np.asarray(jnp.concatenate([jnp.full(num_patches, -1), crop_of]))
+    crop = np.concatenate([np.full(num_patches, -1), np.asarray(crop_of)])
     crop = crop[np.asarray(reduced.index)]
     kept = np.asarray(reduced.mask)
     right = (crop == made.place[:, None]) & kept
@@ -87,17 +81,21 @@ def measure(
       }
     )
 
-  side_by_side = jnp.repeat(jnp.arange(4), num_patches)
+  # Crop of each token of the stream of `global_com`, a canvas in raster order,
+  # and of crops one after the other.
+  by_crop = jnp.repeat(jnp.arange(4)[:, None], num_patches, axis=1)
+  canvas = global_com_scores.canvas_of_crops(by_crop, _GRID).reshape(-1)
+  in_turn = by_crop.reshape(-1)
   budgeted = jax.jit(
     global_com.global_com,
     static_argnames=("grid", "keep_ratio", "temperature"),
   )
-  result = {"whole": row(everything, side_by_side)}
+  result = {"whole": row(_equal(joint, every, num_patches), in_turn)}
   for ratio in ratios:
     found = budgeted(
       overview.patches,
-      patches,
-      scores(overview),
+      crops,
+      of_overview,
       of_crops,
       grid=_GRID,
       keep_ratio=ratio,
@@ -105,22 +103,32 @@ def measure(
     )
     result[f"global {ratio}"] = row(found, canvas)
     budget = max(1, int(num_patches * ratio))
-    best = global_com_scores.holistic_scores(
-      of_crops,
-      scores(overview),
-      jnp.ones(of_crops.shape, bool),
-      grid=_GRID,
-      alpha=0.5,
-    )
-    every = jnp.concatenate([scores(overview)[:, None], best], axis=1)
-    kept = packing.keep_top_k(
-      every.reshape(-1, num_patches), budget
-    ).index.reshape(num_scenes, 5, budget)
-    start = num_patches * jnp.arange(5)[None, :, None]
-    equal = types.selected(joint, (kept + start).reshape(num_scenes, -1))
-    result[f"equal {ratio}"] = row(equal, side_by_side)
+    result[f"equal {ratio}"] = row(_equal(joint, every, budget), in_turn)
     chance = controls.random_keep(
       jax.random.key(run.seed), joint, num_keep=5 * budget
     )
-    result[f"random {ratio}"] = row(chance, side_by_side)
+    result[f"random {ratio}"] = row(chance, in_turn)
   return result
+
+
+def _overviews(squares):
+  """Scenes at half their size: uint8 [B, 4, s, s, 3] to [B, s, s, 3]."""
+  size = squares.shape[2]
+  whole = squares.reshape(-1, 2, 2, size, size, 3).swapaxes(2, 3)
+  whole = whole.reshape(-1, size, 2, size, 2, 3).mean(axis=(2, 4))
+  return whole.round().astype(np.uint8)
+
+
+def _scores(seen):
+  """Attention of the class token to the patches, as GlobalCom² takes it."""
+  query = seen.last.queries[:, :, 0]
+  return global_com_scores.class_scores(query, seen.last.keys)
+
+
+def _equal(joint, every, budget):
+  """The `budget` best tokens of each view, by scores [B, 5, N] of all views."""
+  num_scenes, num_views, num_patches = every.shape
+  kept = packing.keep_top_k(every.reshape(-1, num_patches), budget).index
+  start = num_patches * jnp.arange(num_views)[:, None]
+  kept = kept.reshape(num_scenes, num_views, budget) + start[None]
+  return types.selected(joint, kept.reshape(num_scenes, -1))

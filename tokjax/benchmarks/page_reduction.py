@@ -18,7 +18,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from tokjax.benchmarks import reduction_methods, trained_vit
-from tokjax.reduction import controls, correlation_guided, types, vtc_cls
+from tokjax.reduction import controls, correlation_guided, types
 from tokjax.train import image_classification
 
 __all__ = ["ink", "measure", "pages", "sub_images"]
@@ -118,8 +118,8 @@ def _others(
   return {
     "random": controls.random_keep(key, x, num_keep=num_keep),
     "uniform": controls.uniform_keep(x, num_keep=num_keep),
-    "deep attention": vtc_cls.vtc_cls(x, deep, num_keep=num_keep),
-    "low attention": vtc_cls.vtc_cls(x, low, num_keep=num_keep),
+    "deep attention": types.highest(x, deep, num_keep=num_keep),
+    "low attention": types.highest(x, low, num_keep=num_keep),
   }
 
 

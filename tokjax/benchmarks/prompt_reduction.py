@@ -15,9 +15,8 @@ import numpy as np
 
 from tokjax.benchmarks import reduction_methods, scenes, trained_vit
 from tokjax.data import cifar10, image_batches
-from tokjax.models import images
 from tokjax.ops import similarity
-from tokjax.reduction import catp, controls, divprune, vtc_cls
+from tokjax.reduction import catp, controls, divprune, types
 
 __all__ = ["measure"]
 
@@ -48,16 +47,14 @@ def measure(
   model = trained_vit.load(run)
   train, test = cifar10.load(run.dataset)
   _, words = scenes.reader(model, train)
-  photographs = [images.read(path) for path in images.in_folder(run.pictures)]
   scene_rows = 5 * num_prompts
   made = scenes.compose(
     _chosen(test, num_prompts, run.seed),
-    photographs,
+    trained_vit.photographs(run),
     num_scenes=scene_rows,
     seed=run.seed,
   )
-  size = made.squares.shape[2]
-  seen = scenes.see(model, made.squares.reshape(-1, size, size, 3))
+  seen = scenes.see(model, made.squares)
   num_patches = seen.patches.shape[1]
   patches = seen.patches.reshape(scene_rows, 4 * num_patches, -1)
   text = jnp.asarray(words)[made.labels]
@@ -69,13 +66,13 @@ def measure(
     hit = square[np.asarray(reduced.index)] == made.place[:, None]
     return trained_vit.Row({"object": float(hit.mean())})
 
+  labels = made.labels.reshape(num_prompts, 5)
   result = {}
   for num_keep in keep:
     key, second = jax.random.split(jax.random.key(run.seed * 1000 + num_keep))
     ways = _first_stage(patches, text, attended, key, num_keep)
     for name, reduced in ways.items():
       result[f"{name} {num_keep}"] = on_object(reduced)
-    labels = made.labels.reshape(num_prompts, 5)
     related = np.repeat(labels[:, :4] == labels[:, 4:], num_keep, axis=1)
     ways = _second_stage(ways["catp"], seen, text, second, num_prompts)
     for name, reduced in ways.items():
@@ -91,7 +88,7 @@ def _first_stage(patches, text, attended, key, num_keep):
   return {
     "catp": catp.catp_stage1(patches, text, num_keep=num_keep),
     "divprune": divprune.divprune(patches, num_keep=num_keep),
-    "attention": vtc_cls.vtc_cls(patches, attended, num_keep=num_keep),
+    "attention": types.highest(patches, attended, num_keep=num_keep),
     "random": controls.random_keep(key, patches, num_keep=num_keep),
   }
 
@@ -124,7 +121,7 @@ def _second_stage(stage1, seen, text, key, num_prompts):
     "catp": catp.catp_context(
       examples, now, before, query_mean, num_keep=num_keep
     ),
-    "attention": vtc_cls.vtc_cls(examples, now, num_keep=num_keep),
+    "attention": types.highest(examples, now, num_keep=num_keep),
     "random": controls.random_keep(key, examples, num_keep=num_keep),
   }
 

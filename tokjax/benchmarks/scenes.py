@@ -98,14 +98,15 @@ def see(model: vit.Vit, raw: np.ndarray | jax.Array) -> Seen:
 
   Args:
     model: an encoder with a class token.
-    raw: uint8 [B, side, side, 3].
+    raw: uint8 [*batch, side, side, 3].
 
   Returns:
-    Patches and attention.
+    Patches and attention, batch axes as one.
   """
   last = model.config.num_layers - 1
   both = (last - 1, last)
   taps = Taps(queries=both, keys=both, hidden=(last - 1,))
+  raw = raw.reshape(-1, *raw.shape[-3:])
   found = model.encode(image_classification.pixels(raw), taps=taps).taps
   attention = (
     reduction_methods.Attention(found[i].queries, found[i].keys) for i in both

@@ -7,11 +7,22 @@ the claims share them and a stopped one goes on.
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from tokjax.cli import train
-from tokjax.models import vit, vit_weights
+from tokjax.models import images, vit, vit_weights
 
-__all__ = ["Row", "VitRun", "folder", "load", "on_seeds"]
+__all__ = [
+  "Row",
+  "VitRun",
+  "folder",
+  "lead",
+  "load",
+  "on_seeds",
+  "photographs",
+]
 
 _CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "vit_cifar10.py"
 
@@ -61,6 +72,53 @@ def on_seeds(
     [0, 1, 2]
   """
   return tuple(VitRun(dataset, pictures, seed) for seed in seeds)
+
+
+def photographs(run: VitRun) -> list[np.ndarray]:
+  """The other pictures of a run, in the order of their names.
+
+  Args:
+    run: with a folder of pictures.
+
+  Returns:
+    uint8 [height, width, 3] each.
+
+  Raises:
+    ValueError: if the folder holds none.
+  """
+  return [images.read(path) for path in images.in_folder(run.pictures)]
+
+
+def lead(
+  rows: Mapping[str, Row],
+  name: str,
+  others: Sequence[str],
+  *,
+  keep: Sequence[float],
+  metric: str,
+) -> float:
+  """How far one way is ahead of the best of others, where it is least ahead.
+
+  Args:
+    rows: of one run, by way and budget: "WAY K".
+    name: the way.
+    others: ways to beat.
+    keep: the budgets.
+    metric: what is compared.
+
+  Returns:
+    The smallest difference over the budgets.
+
+  Example:
+    >>> rows = {"a 4": Row({"R@1": 0.5}), "b 4": Row({"R@1": 0.25})}
+    >>> lead(rows, "a", ["b"], keep=[4], metric="R@1")
+    0.25
+  """
+
+  def value(way, budget):
+    return rows[f"{way} {budget}"].metrics[metric]
+
+  return min(value(name, k) - max(value(x, k) for x in others) for k in keep)
 
 
 def folder(run: VitRun) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tokjax.benchmarks import trained_vit
 from tokjax.benchmarks.reduction_accuracy import forward_flops
-from tokjax.models import images, reducing, vit
+from tokjax.models import reducing, vit
 from tokjax.ops import plans, similarity
 from tokjax.reduction import center_clip, controls, types
 from tokjax.train import image_classification
@@ -236,8 +236,8 @@ def measure(
   """
   del progress
   model = trained_vit.load(run)
-  paths = images.in_folder(run.pictures)
-  photographs = [images.read(path) for path in paths[: len(paths) // 2 * 2]]
+  photographs = trained_vit.photographs(run)
+  photographs = photographs[: len(photographs) // 2 * 2]
   result = {
     "all frames": trained_vit.Row(
       {"R@1": found_videos(model, photographs, None), "share": 1.0}
