@@ -11,15 +11,15 @@ os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR",
   str(pathlib.Path(tempfile.gettempdir()) / "tokjax_test_compilations"),
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ["JAX_DEBUG_KEY_REUSE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
+CONTRACTS = pathlib.Path(__file__).parent / "contracts"
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -45,14 +45,17 @@ def bounded_caches():
 
 
 @pytest.fixture(autouse=True)
-def annotations(request):
-  """Leaves annotations unchecked in tests with the mark `unchecked`.
+def expensive_checks(request):
+  """Checks annotations and reuse of random keys, which halves jax's tracing.
 
-  They ask what tokjax itself says of an argument that the annotation already
-  forbids. All others check annotations under
-  `--jaxtyping-packages=tokjax,beartype.beartype`.
+  In tests/contracts, which call every public function, or in all tests if
+  TOKJAX_TEST_CHECKS is "all"; never in tests with the mark `unchecked`, which
+  ask what tokjax itself says of an argument that its annotation forbids.
   """
+  everywhere = os.environ.get("TOKJAX_TEST_CHECKS") == "all"
   marked = request.node.get_closest_marker("unchecked") is not None
-  jaxtyping.config.update("jaxtyping_disable", marked)
-  yield
+  check = (everywhere or CONTRACTS in request.path.parents) and not marked
+  jaxtyping.config.update("jaxtyping_disable", not check)
+  with jax.debug_key_reuse(check):
+    yield
   jaxtyping.config.update("jaxtyping_disable", False)

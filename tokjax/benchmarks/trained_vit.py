@@ -94,7 +94,7 @@ def lead(
   name: str,
   others: Sequence[str],
   *,
-  keep: Sequence[float],
+  keep: Sequence[int | float],
   metric: str,
 ) -> float:
   """How far one way is ahead of the best of others, where it is least ahead.

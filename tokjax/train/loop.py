@@ -132,7 +132,7 @@ def train(
     >>> def loss_fn(model, batch, key):
     ...   return jax.numpy.mean((batch @ model["w"] - 1.0) ** 2), {}
     >>> sgd = optimizers.OptimizerConfig(
-    ...   "sgd", 0.25, schedule="constant", b1=0, clip_norm=None)
+    ...   "sgd", 0.25, schedule="constant", b1=0.0, clip_norm=None)
     >>> done = train({"w": np.zeros(1)}, loss_fn, iter([np.ones((8, 1))] * 2),
     ...              TrainConfig(2, sgd, log_every=0), key=jax.random.key(0))
     >>> float(done.state.model["w"][0])
