@@ -93,19 +93,28 @@ def test_the_command_prints_and_writes_rows(tmp_path, capsys):
     PIL.Image.fromarray(pixels).save(tmp_path / name)
   out = tmp_path / "rows.jsonl"
   common = ["--side", "4", "--repeats", "1", "--out", str(out)]
+  plot = tmp_path / "plot.svg"
   reduction.main(
-    [str(tmp_path), *common, "--keep", "3", "--methods", "random", "divprune"]
+    [str(tmp_path), *common, "--keep", "5", "3", "--plot", str(plot)]
+    + ["--methods", "random", "divprune"]
   )
   reduction.main([str(tmp_path), *common, "--crops", "--methods", "uniform"])
   assert "divprune" in capsys.readouterr().out
   rows = [json.loads(line) for line in out.read_text().splitlines()]
   names = [row["implementation"] for row in rows]
-  assert names == ["encoder", "random", "divprune", "encoder"] + ["uniform"] * 3
-  assert rows[2]["shape"] == {"N": 16, "K": 3, "D": 12, "images": 2}
-  assert rows[2]["distance"] > rows[1]["distance"]
+  assert names == [
+    "encoder", *["random", "divprune"] * 2, "encoder", *["uniform"] * 3
+  ]  # fmt: skip
+  assert rows[4]["shape"] == {"N": 16, "K": 3, "D": 12, "images": 2}
+  assert rows[4]["distance"] > rows[3]["distance"]
   assert rows[-1]["shape"]["N"] == 80
   # A 7B model spends some 13 GFLOPs on a token.
-  assert rows[2]["saved_tflops"] == pytest.approx(13 * 13e-3, rel=0.1)
+  assert rows[4]["saved_tflops"] == pytest.approx(13 * 13e-3, rel=0.1)
+  assert plot.read_text().count("divprune") == 1
+  drawn = reduction.points(rows[:5])
+  assert [(p.name, p.mean) for p in drawn] == [
+    (row["implementation"], row["coverage"]) for row in rows[3:5]
+  ]
 
 
 def test_an_empty_folder(tmp_path):

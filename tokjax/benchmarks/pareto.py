@@ -1,8 +1,8 @@
-"""Quality against bytes of the rows of `tokjax bench trained_retrieval`.
+"""Quality against cost: bytes of `tokjax bench trained_retrieval`, and others.
 
 One picture on a transparent ground, in colours that can be read on white and
-on black: a point for each way to search, the mean over seeds with a line from
-the lowest to the highest, and the front of those that nothing else beats.
+on black: a point for each candidate, the mean over seeds with a line from the
+lowest to the highest, and the front of those that nothing else beats.
 """
 
 import collections
@@ -32,11 +32,11 @@ _PLACES = [
 
 
 class Point(NamedTuple):
-  """One way to search.
+  """One candidate, such as a way to search.
 
   Attributes:
     name: of the row.
-    size: bytes of a document's vectors, mean over seeds.
+    size: what it costs, such as bytes of a document's vectors; mean over seeds.
     low: lowest value of the metric over seeds.
     mean: mean value.
     high: highest value.
@@ -113,6 +113,7 @@ def plot(
   path: str | os.PathLike,
   *,
   metric: str = "nDCG@10",
+  size: str = "bytes of a document's vectors",
 ) -> None:
   """Draws the points and writes the picture.
 
@@ -120,6 +121,7 @@ def plot(
     points: from `read`, at least one.
     path: file to write; its end says the format, `.svg` or `.png`.
     metric: what the upright axis is called.
+    size: what the other axis, a logarithmic one, is called.
 
   Raises:
     ValueError: for another format.
@@ -139,7 +141,7 @@ def plot(
     axes = figure.add_subplot()
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.08)
-    axes.set_xlabel("bytes of a document's vectors (log scale)")
+    axes.set_xlabel(f"{size} (log scale)")
     axes.set_ylabel(metric)
     axes.grid(color=_LINE, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

@@ -17,7 +17,8 @@ For each method and number of kept tokens, averaged over the images:
 - `saved_tflops`: of the prefill of a 7B language model, computed, for 64 words;
 - `temp_bytes`: scratch memory of the compiled selection.
 
-Fused tokens count where they stand, with what they became.
+Fused tokens count where they stand, with what they became. `--plot` draws
+coverage against the time of the selection at the smallest number of tokens.
 """
 
 import argparse
@@ -29,12 +30,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokjax.benchmarks import reduction_methods, timing, trained_vit
+from tokjax.benchmarks import pareto, reduction_methods, timing, trained_vit
 from tokjax.models import images, vit_weights
 from tokjax.ops import attention_scores, budgets, similarity
 from tokjax.reduction.types import Reduced
 
-__all__ = ["claimed", "main", "measure", "quality", "run"]
+__all__ = ["claimed", "main", "measure", "points", "quality", "run"]
 
 # A 7B language model (Vicuna) and a short question.
 _LAYERS, _WIDTH, _MLP_WIDTH, _NUM_WORDS = 32, 4096, 11_008, 64
@@ -289,6 +290,26 @@ def _joined(signals, num_views):
   )
 
 
+def points(rows: Sequence[dict[str, Any]]) -> list[pareto.Point]:
+  """Coverage against milliseconds of the selection, for `pareto.plot`.
+
+  Args:
+    rows: of `run`; those with the fewest tokens count.
+
+  Returns:
+    One point a method.
+  """
+  rows = [row for row in rows if "coverage" in row]
+  least = min(row["shape"]["K"] for row in rows)
+  return [
+    pareto.Point(
+      row["implementation"], row["median_s"] * 1e3, *[row["coverage"]] * 3
+    )
+    for row in rows
+    if row["shape"]["K"] == least
+  ]
+
+
 def main(argv: list[str] | None = None) -> None:
   """Measures and prints the table.
 
@@ -307,6 +328,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--methods", nargs="*", choices=reduction_methods.METHODS)
   parser.add_argument("--repeats", type=int, default=10)
   parser.add_argument("--out", help="file to append JSON lines to")
+  parser.add_argument("--plot", help="picture to write, .svg or .png")
   options = parser.parse_args(argv)
   rows = run(
     options.photographs,
@@ -325,6 +347,13 @@ def main(argv: list[str] | None = None) -> None:
   timing.print_rows(rows, columns)
   if options.out:
     timing.write_rows(rows, options.out)
+  if options.plot:
+    pareto.plot(
+      points(rows),
+      options.plot,
+      metric="coverage",
+      size="milliseconds of the selection, one image",
+    )
 
 
 if __name__ == "__main__":
