@@ -1,6 +1,7 @@
 """DivPrune against the published PyTorch loop, on this machine.
 
     python -m tokjax.benchmarks.greedy_select --dim 1024 --out rows.jsonl
+    python -m tokjax.benchmarks.greedy_select --batch 1 --encoder clip_l14_336
 
 The loop works on one image after the other and takes the minimum over all rows
 kept so far at every step. "divprune" is the whole method, features to kept
@@ -8,7 +9,9 @@ features; "selection" starts from the table of distances, which is what differs:
 the product of the features is the same for both. Candidates take turns in one
 process; torch takes part where it is installed. `of_gemm` is the rate of the
 product's FLOPs (2 N^2 D an image) as a fraction of a product of large float32
-matrices that takes its turn as well.
+matrices that takes its turn as well. With `--encoder` the forward pass of that
+vision transformer, on as many images, takes its turn too (random weights,
+float32): `of_encoder` is the method's time as a fraction of it.
 """
 
 import argparse
@@ -18,10 +21,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from tokjax.benchmarks import timing
 from tokjax.kernels.greedy_select import greedy_select
+from tokjax.models import vit, vit_shapes
 from tokjax.reduction.divprune import divprune
 
 __all__ = ["main", "run"]
@@ -60,7 +66,25 @@ def _torch_loop(num_keep):
   return distances, keep
 
 
-def run(*, batch: int, num_tokens: int, num_keep: int, dim: int, repeats: int):
+def _encoder(name, batch):
+  """The forward pass of a vision transformer on black images."""
+  config = vit_shapes.shape(name)
+  model = vit.Vit(config, rngs=nnx.Rngs(0))
+  size = config.image_size
+  images = jnp.zeros((batch, size, size, config.num_channels))
+  forward = jax.jit(lambda model, images: model.encode(images).tokens)
+  return functools.partial(forward, model, images)
+
+
+def run(
+  *,
+  batch: int,
+  num_tokens: int,
+  num_keep: int,
+  dim: int,
+  repeats: int,
+  encoder: str | None = None,
+) -> list[dict[str, Any]]:
   """Times the whole method and the selection alone.
 
   Args:
@@ -69,6 +93,7 @@ def run(*, batch: int, num_tokens: int, num_keep: int, dim: int, repeats: int):
     num_keep: tokens kept of each.
     dim: width of a token.
     repeats: timed calls of each.
+    encoder: a shape of `models.vit_shapes` to compare with; None for none.
 
   Returns:
     Rows, see `timing.row`.
@@ -108,6 +133,8 @@ def run(*, batch: int, num_tokens: int, num_keep: int, dim: int, repeats: int):
     candidates["divprune/torch loop"] = whole
     candidates["selection/torch loop"] = selection
 
+  if encoder:
+    candidates[f"encoder/{encoder}"] = _encoder(encoder, batch)
   times = timing.compare(
     {**candidates, "gemm": timing.gemm_candidate(_GEMM_SIZE)}, repeats=repeats
   )
@@ -118,12 +145,15 @@ def run(*, batch: int, num_tokens: int, num_keep: int, dim: int, repeats: int):
   for name, taken in times.items():
     operation, implementation = name.split("/")
     seconds = taken["median_s"]
-    more = {
-      "us_per_step": seconds / num_keep * 1e6,
-      "ours_is_faster_by": seconds / times[f"{operation}/tokjax"]["median_s"],
-    }
+    more = {}
+    if operation != "encoder":
+      ours = times[f"{operation}/tokjax"]["median_s"]
+      more["us_per_step"] = seconds / num_keep * 1e6
+      more["ours_is_faster_by"] = seconds / ours
     if operation == "divprune":
       more["of_gemm"] = flops / seconds / rate
+      if encoder:
+        more["of_encoder"] = seconds / times[f"encoder/{encoder}"]["median_s"]
     rows.append(
       timing.row(operation, implementation, shape, "float32", taken, **more)
     )
@@ -142,6 +172,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--keep", type=int, default=64)
   parser.add_argument("--dim", type=int, default=1024)
   parser.add_argument("--repeats", type=int, default=20)
+  parser.add_argument("--encoder", help="a vision transformer: clip_l14_336")
   parser.add_argument("--out", help="file to append JSON lines to")
   options = parser.parse_args(argv)
   rows = run(
@@ -150,9 +181,10 @@ def main(argv: list[str] | None = None) -> None:
     num_keep=options.keep,
     dim=options.dim,
     repeats=options.repeats,
+    encoder=options.encoder,
   )
   columns = ["operation", "implementation", "median_s", "low_s", "high_s"]
-  columns += ["us_per_step", "of_gemm", "ours_is_faster_by"]
+  columns += ["us_per_step", "of_gemm", "ours_is_faster_by", "of_encoder"]
   timing.print_rows(rows, columns)
   if options.out:
     timing.write_rows(rows, options.out)
