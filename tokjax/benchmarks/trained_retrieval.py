@@ -123,23 +123,37 @@ def measure(config: TrainedConfig, *, progress: bool = True) -> dict[str, Row]:
 
 
 def on_seeds(
-  variants: Sequence[str], *, seeds: Sequence[int] = (0, 1, 2)
+  variants: Sequence[str], data: str, *, seeds: Sequence[int] = (0, 1, 2)
 ) -> tuple[TrainedConfig, ...]:
   """The measurements of a claim: the same variants with other seeds.
 
   Args:
     variants: what is trained.
-    seeds: one measurement each.
+    data: folder of data sets, with `scifact` among them.
+    seeds: one measurement of each data set for each.
 
   Returns:
-    Configs, otherwise the default.
+    Configs of pydocs, otherwise the default, then of scifact: 150 steps, six
+    passes over its training questions; all documents, cut at 128 tokens, and
+    all test questions.
 
   Example:
-    >>> [config.seed for config in on_seeds(["colbert"])]
-    [0, 1, 2]
+    >>> [(c.dataset, c.seed) for c in on_seeds(["xtr"], "data", seeds=(0, 1))]
+    [('pydocs', 0), ('pydocs', 1), ('data/scifact', 0), ('data/scifact', 1)]
   """
+  pydocs = TrainedConfig(variants=tuple(variants))
+  scifact = dataclasses.replace(
+    pydocs,
+    dataset=f"{data}/scifact",
+    num_steps=150,
+    document_length=128,
+    max_documents=None,
+    max_queries=None,
+  )
   return tuple(
-    TrainedConfig(variants=tuple(variants), seed=seed) for seed in seeds
+    dataclasses.replace(config, seed=seed)
+    for config in (pydocs, scifact)
+    for seed in seeds
   )
 
 
