@@ -3,7 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.eval import agreement, ranking
+
+ranking = compiled(ranking)
 
 # The type checker of the second pass speaks before our own messages.
 

@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.ops import attention_scores
+
+attention_scores = compiled(attention_scores)
 
 
 def row_case(seed, batch=100, heads=4, key_heads=2, rows=2, keys=9, dim=8):

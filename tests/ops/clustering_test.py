@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from tests.compiled import compiled
 from tokjax.ops import clustering
+
+clustering = compiled(clustering)
 
 
 def points(seed=0, n=50, dim=5):

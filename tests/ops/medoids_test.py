@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.ops import distances, medoids, merging, plans
+
+distances = compiled(distances)
+medoids = compiled(medoids)
+merging = compiled(merging)
+plans = compiled(plans)
 
 
 def run(function, *arrays, **settings):

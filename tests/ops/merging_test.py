@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.ops import merging, plans
+
+merging = compiled(merging)
+plans = compiled(plans)
 
 N = 9
 

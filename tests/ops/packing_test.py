@@ -4,7 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.ops import packing
+
+packing = compiled(packing)
 
 
 def cases(seed, count=1000, n=9):

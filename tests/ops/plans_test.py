@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from tests.compiled import compiled
 from tokjax.ops import plans
+
+plans = compiled(plans)
 
 B, N, K = 50, 7, 4
 

@@ -4,7 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.ops import pooling
+
+pooling = compiled(pooling)
 
 
 def test_worked_example():

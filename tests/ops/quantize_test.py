@@ -4,7 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.ops import quantize
+
+quantize = compiled(quantize)
 
 SAMPLE = jnp.array([-0.3, -0.1, -0.02, 0.0, 0.05, 0.12, 0.2, 0.4])
 

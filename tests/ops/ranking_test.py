@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.ops import ranking
+
+ranking = compiled(ranking)
 
 
 def run(function, *arrays, **settings):

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from tests.compiled import compiled
 from tokjax.ops import sketching
+
+sketching = compiled(sketching)
 
 
 def vectors(seed=0, shape=(5, 12)):

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tests.ops import medoids_test
 from tests.ops.medoids_test import Oracle
 from tokjax.reduction import center_clip as cc
+
+cc = compiled(cc)
 
 
 def run(function, *arrays, **settings):

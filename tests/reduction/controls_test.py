@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.reduction import controls
+
+controls = compiled(controls)
 
 
 def case(seed, batch=200, tokens=12, width=3):

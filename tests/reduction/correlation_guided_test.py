@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.ops import budgets
 from tokjax.reduction import correlation_guided as guided
 from tokjax.reduction import correlation_scores as scores
+
+guided = compiled(guided)
+scores = compiled(scores)
 
 
 def run(function, *arrays, **settings):

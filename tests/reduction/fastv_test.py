@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tests.reduction.vtc_cls_test import best, case
 from tokjax.reduction import fastv
+
+fastv = compiled(fastv)
 
 
 def prompt(seed, batch=8, heads=4, key_heads=2, tokens=14, visual=6, dim=4):

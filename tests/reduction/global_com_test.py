@@ -6,8 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.reduction import global_com
 from tokjax.reduction import global_com_scores as scores
+
+global_com = compiled(global_com)
+scores = compiled(scores)
 
 
 def run(function, *arrays, **settings):

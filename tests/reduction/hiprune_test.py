@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.reduction import hiprune
+
+hiprune = compiled(hiprune)
 
 GRID = (3, 4)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.kernels.greedy_select import greedy_select
 from tokjax.reduction import mmtok as mmtok_lib
 from tokjax.reduction.mmtok import (
@@ -16,6 +17,8 @@ from tokjax.reduction.mmtok import (
   clean_question,
   mmtok,
 )
+
+mmtok_lib = compiled(mmtok_lib)
 
 run = jax.jit(
   mmtok, static_argnames=("num_keep", "positions", "implementation")

@@ -3,7 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.reduction import prumerge
+
+prumerge = compiled(prumerge)
 
 N = 24
 

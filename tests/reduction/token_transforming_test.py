@@ -3,8 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.ops import packing, plans
 from tokjax.reduction import token_transforming as tt
+
+packing = compiled(packing)
+plans = compiled(plans)
+tt = compiled(tt)
 
 N = 10
 

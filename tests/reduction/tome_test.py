@@ -3,9 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tests.ops import merging_test
 from tokjax.ops import plans
 from tokjax.reduction import tome
+
+plans = compiled(plans)
+tome = compiled(tome)
 
 merge = jax.jit(
   tome.tome,

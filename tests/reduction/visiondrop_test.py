@@ -3,8 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tests.reduction import visionzip_test
 from tokjax.reduction import visiondrop, visionzip
+
+visiondrop = compiled(visiondrop)
+visionzip = compiled(visionzip)
 
 START, STOP, LENGTH = 2, 12, 15
 

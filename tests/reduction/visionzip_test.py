@@ -3,8 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tests.ops import merging_test
 from tokjax.reduction import visionzip
+
+visionzip = compiled(visionzip)
 
 zip_tokens = jax.jit(
   visionzip.visionzip,

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tokjax.reduction import vtc_cls
+
+vtc_cls = compiled(vtc_cls)
 
 # Attention of two layers; the sums are .5, .6, .5, .4.
 LAYERS = np.array([[0.1, 0.5, 0.2, 0.2], [0.4, 0.1, 0.3, 0.2]], np.float32)

@@ -7,9 +7,12 @@ import jax.test_util
 import numpy as np
 import pytest
 
+from tests.compiled import compiled
 from tests.kernels.arrays import takes_numpy
 from tokjax.kernels.maxsim import EMPTY_SCORE
 from tokjax.retrieval import colberter_scores
+
+colberter_scores = compiled(colberter_scores)
 
 score = takes_numpy(colberter_scores.score)
 score_pairs = takes_numpy(colberter_scores.score_pairs)

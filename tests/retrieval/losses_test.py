@@ -7,8 +7,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.test_util import check_grads
 
+from tests.compiled import compiled
 from tokjax.kernels.maxsim import EMPTY_SCORE, maxsim
 from tokjax.retrieval import losses
+
+losses = compiled(losses)
 
 kinds = pytest.mark.parametrize(
   "kind", [AxisType.Auto, AxisType.Explicit], ids=str

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.test_util import check_grads
 
+from tests.compiled import compiled
 from tokjax.kernels.maxsim import maxsim
 from tokjax.retrieval import xtr, xtr_scoring
+
+xtr = compiled(xtr, leave=("text_config",))
 
 KINDS = pytest.mark.parametrize(
   "kind", [AxisType.Auto, AxisType.Explicit], ids=str
