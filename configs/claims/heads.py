@@ -16,6 +16,14 @@ Does not hold for the two-layer head (-.001, -.012, +.012). The gated one beats
 the matrix in every seed, by .013, .010 and .012; the paper's best are gated or
 two-layer heads with a skip as well. A matrix of width 384 that starts as the
 identity, three times the bytes, has .5642, .5627, .5637.
+
+On scifact, 2026-11-28, an AMD EPYC core (AVX2), seed 0 only: 150 steps of 32
+of its 809 training claims; 300 test claims over all 5,183 documents of at most
+128 tokens. nDCG@10: single matrix .7083, two layers .7734, gated
+.7729; the matrix of width 384 .6906. Holds there, by .065.
+
+196 of the 300 test claims have a document that training showed as an answer to
+another claim, so that part of any gain is memory of which documents answer.
 """
 
 from tokjax.benchmarks import trained_retrieval
