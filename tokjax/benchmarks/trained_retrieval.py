@@ -35,6 +35,7 @@ from tokjax.retrieval import (
   search,
   token_index,
   token_pruning,
+  token_retrieval,
   xtr,
 )
 from tokjax.train import features, loop, retrieval_run
@@ -327,14 +328,21 @@ class _Bench:
   def _by_tokens(self, name, documents, queries):
     index = token_index.build(documents.tokens, documents.offsets)
     tokens, mask = _padded(queries)
-    for k_prime in self.config.k_primes:
-      find = jax.jit(functools.partial(xtr.search, k=self._k, k_prime=k_prime))
-      parts = [
-        jax.device_get(find(index, tokens[i : i + 8], mask[i : i + 8]))
-        for i in range(0, len(tokens), 8)
-      ]
+    parts = [
+      jax.device_get(
+        _rankings(
+          index,
+          tokens[i : i + 8],
+          mask[i : i + 8],
+          k=self._k,
+          k_primes=self.config.k_primes,
+        )
+      )
+      for i in range(0, len(tokens), 8)
+    ]
+    for k_prime, *rankings in zip(self.config.k_primes, *parts, strict=True):
       found = search.Ranking(
-        *(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        *(np.concatenate(arrays) for arrays in zip(*rankings, strict=True))
       )
       self._add(
         f"{name} by {k_prime} tokens",
@@ -418,6 +426,20 @@ class _Bench:
       numbers = "  ".join(f"{k} {v:.4f}" for k, v in row.metrics.items())
       print(f"{name:<20} {numbers}  {row.bytes_per_document:,.0f} B",
             flush=True)  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("k", "k_primes"))
+def _rankings(index, tokens, mask, *, k, k_primes):
+  """`xtr.search` for several numbers of tokens, which are found only once."""
+  documents, scores = token_retrieval.nearest_tokens(
+    index, tokens.reshape(-1, tokens.shape[2]), max(k_primes)
+  )
+  shape = (*mask.shape, -1)
+  documents, scores = documents.reshape(shape), scores.reshape(shape)
+  return [
+    xtr.aggregate(documents[..., :few], scores[..., :few], mask, k=k)
+    for few in k_primes
+  ]
 
 
 def _select(found: features.Features, rows: Sequence[int]):
