@@ -32,8 +32,8 @@ def _compiled(function):
   def call(*args, **kwargs):
     leaves, tree = jax.tree.flatten((args, kwargs))
     arrays = [x for x in leaves if _is_array(x)]
-    static = tuple(_ARRAY if _is_array(x) else x for x in leaves)
-    return _program(function, tree, static)(arrays)
+    static = (_ARRAY if _is_array(x) else x for x in leaves)
+    return _program(function, tree, *static)(arrays)
 
   return call
 
@@ -45,8 +45,8 @@ def _is_array(x):
   return isinstance(x, (jax.Array, np.ndarray))
 
 
-@functools.lru_cache(maxsize=1000)
-def _program(function, tree, static):
+@functools.lru_cache(maxsize=1000, typed=True)  # 1, 1.0 and True differ
+def _program(function, tree, *static):
   @jax.jit
   def run(arrays):
     arrays = iter(arrays)

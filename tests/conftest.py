@@ -46,7 +46,7 @@ def bounded_caches():
 
 @pytest.fixture(autouse=True)
 def expensive_checks(request):
-  """Checks annotations and reuse of random keys, which halves jax's tracing.
+  """Checks annotations and reuse of random keys, which slows tracing.
 
   In tests/contracts, which call every public function, or in all tests if
   TOKJAX_TEST_CHECKS is "all"; never in tests with the mark `unchecked`, which

@@ -5,7 +5,6 @@ import pytest
 
 from tokjax.data import near_duplicates
 
-# The type checker of the second pass speaks before our own messages.
 
 
 def brute_force(texts, threshold):

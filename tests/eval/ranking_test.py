@@ -8,8 +8,6 @@ from tokjax.eval import agreement, ranking
 
 ranking = compiled(ranking)
 
-# The type checker of the second pass speaks before our own messages.
-
 
 def example(seed=0, num_queries=7, num_ranks=9, num_ideal=12):
   draw = np.random.default_rng(seed)
