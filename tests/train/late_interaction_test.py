@@ -280,7 +280,7 @@ def test_microbatches_are_refused(method):
     step(state, batch())
 
 
-@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable"])
+@pytest.mark.parametrize("policy", steps.REMAT)
 def test_remat_and_dropout(policy):
   data, m = batch(), model()
   plain = jitted_loss(objective("colbert"), PLAIN)
