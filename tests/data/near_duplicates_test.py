@@ -6,7 +6,6 @@ import pytest
 from tokjax.data import near_duplicates
 
 
-
 def brute_force(texts, threshold):
   sets = []
   for text in texts:
