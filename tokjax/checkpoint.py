@@ -12,6 +12,7 @@ import base64
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -53,7 +54,8 @@ class Checkpoints:
 
   Args:
     folder: made if missing. What a killed run left half-written in it is
-      removed.
+      never read, and is removed by the first save; so only one run at a time
+      may save here, while others read.
     keep: how many checkpoints stay; older ones are deleted.
 
   Raises:
@@ -78,10 +80,9 @@ class Checkpoints:
         "arrays": ocp.PyTreeCheckpointHandler(),
         "meta": ocp.JsonCheckpointHandler(),
       },
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True
-      ),
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep),
     )
+    self._may_hold_halves = True
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -118,6 +119,10 @@ class Checkpoints:
     Raises:
       ValueError: if the step is there already.
     """
+    if self._may_hold_halves and jax.process_index() == 0:
+      for half in self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        shutil.rmtree(half)
+    self._may_hold_halves = False
     arrays, kinds = _flatten(state)
     meta = {
       "keys": kinds,
