@@ -327,6 +327,7 @@ def compiled(*words, code=0):
   return {row["program"]: row for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.compile_tpu
 @needs("libtpu")
 def test_training_at_global_batch_4096_fits_256_chips():

@@ -13,8 +13,16 @@ WORDS = "wing lift drag heat wire gas flow wave plate sound speed light".split()
 
 @pytest.fixture
 def model(tmp_path) -> str:
-  """Folder of a random BERT with a vocabulary of a dozen words."""
-  folder = tmp_path / "model"
+  return write_model(tmp_path / "model")
+
+
+@pytest.fixture
+def beir(tmp_path) -> str:
+  return write_beir(tmp_path / "beir")
+
+
+def write_model(folder: pathlib.Path) -> str:
+  """A random BERT with a vocabulary of a dozen words; returns the folder."""
   shutil.copytree(GOLDEN / "bert_tiny", folder)
   names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
   tokenizer = tokenizers.Tokenizer(
@@ -30,10 +38,8 @@ def model(tmp_path) -> str:
   return str(folder)
 
 
-@pytest.fixture
-def beir(tmp_path) -> str:
-  """A data set in BEIR layout whose queries are words of their document."""
-  folder = tmp_path / "beir"
+def write_beir(folder: pathlib.Path) -> str:
+  """A data set whose queries are words of their document, in BEIR layout."""
   (folder / "qrels").mkdir(parents=True)
   documents, queries, judgements = [], [], ["query-id\tcorpus-id\tscore"]
   for i, word in enumerate(WORDS):

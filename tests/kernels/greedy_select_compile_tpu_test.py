@@ -84,6 +84,7 @@ def test_public_function_takes_the_kernel(devices):
     assert report.kernels.get("greedy_select") == 1, name
 
 
+@pytest.mark.parametrize("devices", ["v5e:2x2"], indirect=True)  # no kernel
 def test_features_compile_without_the_table(devices):
   x = jax.ShapeDtypeStruct((1, 16_384, 1_024), jnp.bfloat16)
   report = topologies.compile_for(

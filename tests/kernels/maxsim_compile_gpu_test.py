@@ -3,6 +3,9 @@
 Runs in a process of its own, with the `aot` extra installed:
 
     pytest -m compile_gpu tests/kernels/maxsim_compile_gpu_test.py
+
+Every shape in every width takes minutes; `-m "compile_gpu and not slow"` tries
+each shape in one of the widths.
 """
 
 import os
@@ -41,6 +44,14 @@ def _arguments(shape, dim, dtype):
   )
 
 
+# A shape sets the grid and a width the kernel: each is tried, all pairs if slow.
+_SIZES = [
+  pytest.param(name, dim, marks=() if i % len(DIMS) == j else pytest.mark.slow)
+  for i, name in enumerate(SHAPES)
+  for j, dim in enumerate(DIMS)
+]
+
+
 def _compile(function, arguments, devices) -> str:
   """The optimised program's text."""
   alone = jax.sharding.SingleDeviceSharding(devices[0])
@@ -62,8 +73,7 @@ def _check_assembly(text, dtype):
 
 @pytest.mark.parametrize("return_index", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name, dim", _SIZES)
 def test_forward_compiles(name, dim, dtype, return_index, devices, capfd):
   arguments = _arguments(SHAPES[name], dim, dtype)
   assert pallas_gpu.unsupported(*arguments[:2]) is None
@@ -76,8 +86,7 @@ def test_forward_compiles(name, dim, dtype, return_index, devices, capfd):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name, dim", _SIZES)
 def test_backward_compiles(name, dim, dtype, devices, capfd):
   shape = SHAPES[name]
   pairs = (shape.num_queries, shape.num_documents)

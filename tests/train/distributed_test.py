@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.cli.conftest import beir, model  # noqa: F401
+from tests.cli.conftest import write_beir, write_model
 from tests.train import tiny_retrieval
 from tokjax.cli import main
 from tokjax.models import checkpoints
@@ -27,15 +27,17 @@ NUM_DEVICES = 4  # of all processes together, and of one alone
 NUM_STEPS = 6
 
 
-@pytest.fixture
-def config(beir, model, tmp_path):  # noqa: F811
-  qrels = pathlib.Path(beir) / "qrels"
-  shutil.copy(qrels / "test.tsv", qrels / "train.tsv")
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("config")
+  beir = write_beir(folder / "beir")
+  shutil.copy(f"{beir}/qrels/test.tsv", f"{beir}/qrels/train.tsv")
+  model = write_model(folder / "model")
   facts = pathlib.Path(model) / "config.json"
   said = json.loads(facts.read_text())
   said["hidden_dropout_prob"] = said["attention_probs_dropout_prob"] = 0.0
   facts.write_text(json.dumps(said))  # without dropout, half the compilation
-  path = tmp_path / "tiny.py"
+  path = folder / "tiny.py"
   path.write_text(
     tiny_retrieval.CONFIG.format(
       model=model, beir=beir, width=said["hidden_size"]
@@ -44,15 +46,16 @@ def config(beir, model, tmp_path):  # noqa: F811
   return path
 
 
-@pytest.fixture
-def alone(config, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
   """Folder of the same run in this process, on as many devices."""
   devices = jax.devices()[:NUM_DEVICES]
   mesh = functools.partial(meshes.make_mesh, devices=devices)
-  monkeypatch.setattr(meshes, "make_mesh", mesh)
-
-  tiny_retrieval.run(config, tmp_path / "alone")
-  return tmp_path / "alone"
+  folder = tmp_path_factory.mktemp("alone")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(meshes, "make_mesh", mesh)
+    tiny_retrieval.run(config, folder)
+  return folder
 
 
 def start(num_processes, command):
@@ -63,7 +66,9 @@ def start(num_processes, command):
   environment = {
     **os.environ,
     "JAX_NUM_CPU_DEVICES": str(NUM_DEVICES // num_processes),
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
+    "XLA_FLAGS": os.environ.get(
+      "XLA_FLAGS", "--xla_backend_optimization_level=0"
+    ),  # compiles faster
   }
   return [
     subprocess.Popen(
