@@ -75,8 +75,9 @@ class Bert(nnx.Module):
   Example:
     >>> config = BertConfig(vocab_size=99, width=8, num_layers=2, num_heads=2,
     ...                     mlp_width=16, max_positions=10)
-    >>> bert = Bert(config, rngs=nnx.Rngs(0))
-    >>> bert(jnp.array([[2, 7, 3, 0]]), jnp.array([[1, 1, 1, 0]], bool)).shape
+    >>> bert = jax.jit(lambda: Bert(config, rngs=nnx.Rngs(0)))()
+    >>> ids = jnp.array([[2, 7, 3, 0]])
+    >>> jax.jit(bert)(ids, ids > 0).shape
     (1, 4, 8)
 
   Source:
@@ -225,7 +226,8 @@ def split(encoder: Bert, num_lower: int) -> tuple[Bert, Layers]:
   Example:
     >>> config = BertConfig(vocab_size=9, width=8, num_layers=3, num_heads=2,
     ...                     mlp_width=16, max_positions=4)
-    >>> lower, upper = split(Bert(config, rngs=nnx.Rngs(0)), 2)
+    >>> lower, upper = jax.eval_shape(  # shapes only, nothing is computed
+    ...     lambda: split(Bert(config, rngs=nnx.Rngs(0)), 2))
     >>> lower.config.num_layers, upper.config.num_layers
     (2, 1)
   """
@@ -252,7 +254,9 @@ def join(lower: Bert, upper: Layers) -> Bert:
   Example:
     >>> config = BertConfig(vocab_size=9, width=8, num_layers=3, num_heads=2,
     ...                     mlp_width=16, max_positions=4)
-    >>> join(*split(Bert(config, rngs=nnx.Rngs(0)), 1)).config == config
+    >>> whole = jax.eval_shape(  # shapes only, nothing is computed
+    ...     lambda: join(*split(Bert(config, rngs=nnx.Rngs(0)), 1)))
+    >>> whole.config == config
     True
   """
   blocks = jax.tree.map(

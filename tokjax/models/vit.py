@@ -47,8 +47,8 @@ class Vit(nnx.Module):
   Example:
     >>> config = VitConfig(image_size=8, patch_size=4, width=8, num_layers=2,
     ...                    num_heads=2, mlp_width=16, num_outputs=10)
-    >>> vit = Vit(config, rngs=nnx.Rngs(0))
-    >>> vit(jnp.ones((1, 8, 8, 3))).shape
+    >>> vit = jax.jit(lambda: Vit(config, rngs=nnx.Rngs(0)))()
+    >>> jax.jit(vit)(jnp.ones((1, 8, 8, 3))).shape
     (1, 10)
 
   Source:

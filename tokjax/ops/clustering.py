@@ -265,10 +265,11 @@ def masked_kmeans(
     ValueError: if sizes disagree or `num_clusters` is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]]])
-    >>> found = masked_kmeans(x, jnp.ones((1, 4), bool), num_clusters=2)
-    >>> [[round(float(v), 2) for v in mean] for mean in found.means[0]]
+    >>> cluster = jax.jit(masked_kmeans, static_argnames="num_clusters")
+    >>> found = cluster(x, jnp.ones((1, 4), bool), num_clusters=2)
+    >>> [[round(v, 2) for v in mean] for mean in found.means.tolist()[0]]
     [[0.9, 0.3], [-0.3, 0.9]]
   """
   checks.has_rank(3, features=features)

@@ -50,9 +50,11 @@ def density_peaks(
     ValueError: if the token axes disagree or a setting is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import functools
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[0.0], [0.1], [0.3], [5.0], [5.2], [5.3]])
-    >>> found = density_peaks(x, num_clusters=2, num_neighbors=3)
+    >>> find = functools.partial(density_peaks, num_clusters=2, num_neighbors=3)
+    >>> found = jax.jit(find)(x)
     >>> found.index.tolist(), found.assignment.tolist()
     ([1, 4], [0, 0, 0, 1, 1, 1])
 

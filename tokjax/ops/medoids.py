@@ -64,10 +64,10 @@ def kkz_seeds(
     ValueError: if the token axes disagree or K is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> x = jnp.array([[0.0], [1.0], [2.0], [10.0], [11.0], [13.0]])
-    >>> far = pairs.pairwise_distances(x)
-    >>> kkz_seeds(far, jnp.abs(x[:, 0]), num_clusters=2).tolist()
+    >>> import jax, numpy as np
+    >>> x = np.array([0.0, 1.0, 2.0, 10.0, 11.0, 13.0])
+    >>> seeds = jax.jit(kkz_seeds, static_argnames="num_clusters")
+    >>> seeds(abs(x[:, None] - x), abs(x), num_clusters=2).tolist()
     [5, 0]
 
   Cost: K N comparisons.
@@ -115,9 +115,10 @@ def kmedoids(
     ValueError: if the token axes disagree or a setting is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[0.0], [1.0], [2.0], [10.0], [11.0], [13.0]])
-    >>> found = kmedoids(x, num_clusters=2)
+    >>> cluster = jax.jit(kmedoids, static_argnames="num_clusters")
+    >>> found = cluster(x, num_clusters=2)
     >>> found.index.tolist(), found.assignment.tolist()
     ([1, 4], [0, 0, 0, 1, 1, 1])
 
@@ -166,9 +167,10 @@ def kmedoids_of_distances(
     ValueError: if the token axes disagree or a setting is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> far = pairs.pairwise_distances(jnp.array([[0.0], [1.0], [5.0]]))
-    >>> kmedoids_of_distances(far, jnp.ones(3), num_clusters=2).index.tolist()
+    >>> import jax, jax.numpy as jnp
+    >>> far = jnp.array([[0.0, 1.0, 5.0], [1.0, 0.0, 4.0], [5.0, 4.0, 0.0]])
+    >>> find = jax.jit(kmedoids_of_distances, static_argnames="num_clusters")
+    >>> find(far, jnp.ones(3), num_clusters=2).index.tolist()
     [0, 2]
 
   Source: Zhao et al. (2022), "CenterCLIP".

@@ -116,9 +116,9 @@ def bipartite_match(
     ValueError: if `num_merged` is out of range, or sizes disagree.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.5, 1.0]])
-    >>> match = bipartite_match(x, 1)
+    >>> match = jax.jit(bipartite_match, static_argnums=1)(x, 1)
     >>> match.plan.slot.tolist(), match.index.tolist()
     ([1, 1, 0, 2], [2, 1, 3])
 
@@ -187,7 +187,8 @@ def random_match(
 
   Example:
     >>> import jax, jax.numpy as jnp
-    >>> match = random_match(jax.random.key(0), jnp.eye(4), 1)
+    >>> draw = jax.jit(random_match, static_argnums=2)
+    >>> match = draw(jax.random.key(0), jnp.eye(4), 1)
     >>> match.index.shape
     (3,)
 
@@ -338,10 +339,11 @@ def dominant_contextual(
     ValueError: if the counts are out of range, or sizes disagree.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> metric = jnp.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
     >>> score = jnp.array([0.0, 0.9, 0.1, 0.2])
-    >>> fusion = dominant_contextual(metric, score, 1, 1)
+    >>> fuse = jax.jit(dominant_contextual, static_argnums=(2, 3))
+    >>> fusion = fuse(metric, score, 1, 1)
     >>> fusion.index.tolist(), fusion.plan.weight.tolist()
     ([1, 0], [1.0, 1.0, 0.5, 0.5])
 

@@ -90,10 +90,10 @@ def affinity_graph(
     ValueError: if sizes disagree or a setting is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> edges = affinity_graph(jnp.array([[0.0], [2.0], [9.0]]),
-    ...                        num_neighbors=2)
-    >>> [[round(float(w), 3) for w in row] for row in edges]
+    >>> import jax, jax.numpy as jnp
+    >>> graph = jax.jit(affinity_graph, static_argnames="num_neighbors")
+    >>> edges = graph(jnp.array([[0.0], [2.0], [9.0]]), num_neighbors=2)
+    >>> [[round(w, 3) for w in row] for row in edges.tolist()]
     [[1.0, 0.607, 0.0], [0.607, 1.0, 0.002], [0.0, 0.002, 1.0]]
 
   Cost: 2 N^2 D FLOPs, and a sort of each row for neighbors; N^2 floats.
@@ -141,10 +141,11 @@ def spectral_embedding(
     ValueError: if the token axes disagree or K is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> pairs = jnp.kron(jnp.eye(2), jnp.ones((2, 2)))  # 0-1 and 2-3
-    >>> rows = spectral_embedding(pairs, num_components=2)
-    >>> [round(float(jnp.abs(rows[0] @ rows[j])), 3) for j in (1, 2)]
+    >>> import jax, numpy as np
+    >>> pairs = np.kron(np.eye(2), np.ones((2, 2)))  # 0-1 and 2-3
+    >>> embed = jax.jit(spectral_embedding, static_argnames="num_components")
+    >>> rows = np.asarray(embed(pairs, num_components=2))
+    >>> [round(float(abs(rows[0] @ rows[j])), 3) for j in (1, 2)]
     [1.0, 0.0]
 
   Cost: an eigendecomposition, about 9 N^3 FLOPs, slow on accelerators.
@@ -196,9 +197,10 @@ def spectral_medoids(
     ValueError: if sizes disagree or a setting is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[0.0], [0.5], [9.0], [9.5], [9.7]])
-    >>> spectral_medoids(x, num_clusters=2).assignment.tolist()
+    >>> cluster = jax.jit(spectral_medoids, static_argnames="num_clusters")
+    >>> cluster(x, num_clusters=2).assignment.tolist()
     [0, 0, 1, 1, 1]
 
   Cost: about 9 N^3 FLOPs for the eigenvectors; the rest as `kmedoids`.

@@ -83,10 +83,11 @@ def aim_merge(
     ValueError: if `num_keep` is out of range, or sizes disagree.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[[1.0, 0.0], [0.5, 0.0], [0.0, 1.0], [0.5, 1.0]]])
-    >>> aim_merge(x, num_keep=3).tokens[0].tolist()
-    [[0.0, 1.0], [0.75, 0.0], [0.5, 1.0]]
+    >>> merge = jax.jit(aim_merge, static_argnames="num_keep")
+    >>> merge(x, num_keep=3).tokens.tolist()
+    [[[0.0, 1.0], [0.75, 0.0], [0.5, 1.0]]]
 
   Cost: N^2 D / 2 FLOPs in the first round, a quarter of that in the next.
 
@@ -163,9 +164,10 @@ def pagerank_importance(
     ValueError: if sizes disagree, or a setting is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.zeros((1, 1, 2, 4))
-    >>> pagerank_importance(x, x, num_iterations=1).tolist()
+    >>> rank = jax.jit(pagerank_importance, static_argnames="num_iterations")
+    >>> rank(x, x, num_iterations=1).tolist()
     [[0.75, 0.25]]
 
   Cost: `num_iterations` times that of `column_attention`, with normalisers
@@ -233,10 +235,11 @@ def aim_prune(
     ValueError: if `num_keep` is out of range, or sizes disagree.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> x, text = jnp.ones((1, 4, 2)), jnp.array([[False, False, False, True]])
     >>> score = jnp.array([[0.2, 0.3, 0.1, 0.0]])
-    >>> aim_prune(x, score, text, num_keep=3).index.tolist()
+    >>> reduce = jax.jit(aim_prune, static_argnames="num_keep")
+    >>> reduce(x, score, text, num_keep=3).index.tolist()
     [[0, 1, 3]]
 
   Source: Zhong et al. (2025) and its code.

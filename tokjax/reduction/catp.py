@@ -51,10 +51,11 @@ def catp_stage1(
     NotImplementedError: if the named implementation cannot take the table.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> angle = jnp.deg2rad(jnp.array([0.0, 10, 90, 170, 60]))
-    >>> x = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)[None]
-    >>> catp_stage1(x[:, :4], x[:, 4], num_keep=2).index.tolist()
+    >>> import jax, numpy as np
+    >>> angle = np.deg2rad([0.0, 10, 90, 170, 60])
+    >>> x = np.stack([np.cos(angle), np.sin(angle)], axis=-1)[None]
+    >>> reduce = jax.jit(catp_stage1, static_argnames="num_keep")
+    >>> reduce(x[:, :4], x[:, 4], num_keep=2).index.tolist()
     [[1, 2]]
 
   Cost: 2 N^2 D FLOPs and 4 N^2 bytes, then 3 N^2 a step.
@@ -127,11 +128,12 @@ def catp_context(
     ValueError: if sizes disagree or `num_keep` is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> hidden = jnp.array([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
     >>> now, before = jnp.array([[0.1, 0.1, 0.5]]), jnp.full((1, 3), 0.1)
     >>> query = jnp.array([[1.0, 0.0]])
-    >>> catp_context(hidden, now, before, query, num_keep=2).index.tolist()
+    >>> reduce = jax.jit(catp_context, static_argnames="num_keep")
+    >>> reduce(hidden, now, before, query, num_keep=2).index.tolist()
     [[0, 2]]
 
   Cost: 2 N D FLOPs and one row of attention from each of two layers.
@@ -184,10 +186,11 @@ def catp_query(
     ValueError: if sizes disagree or `num_keep` is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> hidden = jnp.array([[[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]]])
     >>> context = jnp.array([[0.0, 1.0]])
-    >>> catp_query(hidden, context, num_keep=2).index.tolist()
+    >>> reduce = jax.jit(catp_query, static_argnames="num_keep")
+    >>> reduce(hidden, context, num_keep=2).index.tolist()
     [[1, 2]]
 
   Cost: 2 N D FLOPs.

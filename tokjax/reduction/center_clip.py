@@ -86,11 +86,13 @@ def center_cluster(
       name is unknown.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import functools
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([0.0, 1.0, 2.0, 9.0, 10.0, 12.0]).reshape(1, 2, 3, 1)
-    >>> out = center_cluster(x, num_segments=1, num_centers=2)  # [CLS]: 0, 9
-    >>> out.tokens[0, 0, :, 0].tolist()
-    [4.5, 1.0, 10.0]
+    >>> cluster = jax.jit(functools.partial(
+    ...     center_cluster, num_segments=1, num_centers=2))
+    >>> cluster(x).tokens.tolist()  # [CLS]: 0, 9
+    [[[[4.5], [1.0], [10.0]]]]
 
   Cost: per segment of n patches 2 n^2 D FLOPs, then 2 n^2 M per iteration
   (spectral: 9 n^3); n^2 floats. With many patches clustering can cost more
@@ -179,11 +181,13 @@ def center_clip(
       or a name is unknown.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> x = jnp.array([[[0.0], [1.0], [2.0], [10.0], [11.0], [13.0]]])
-    >>> kept = center_clip(x, num_keep=2, aggregation="mean")
-    >>> kept.index.tolist(), kept.tokens[0, :, 0].round(2).tolist()
-    ([[1, 4]], [1.0, 11.329999923706055])
+    >>> import functools
+    >>> import jax, jax.numpy as jnp
+    >>> x = jnp.array([[[0.0], [1.0], [5.0], [20.0], [21.0], [25.0]]])
+    >>> reduce = functools.partial(center_clip, num_keep=2, aggregation="mean")
+    >>> kept = jax.jit(reduce)(x)
+    >>> kept.index.tolist(), kept.tokens.tolist()
+    ([[1, 4]], [[[2.0], [22.0]]])
 
   Cost: as `center_cluster`.
 

@@ -49,8 +49,8 @@ def random_keep(
 
   Example:
     >>> import jax, jax.numpy as jnp
-    >>> kept = random_keep(
-    ...     jax.random.key(0), jnp.ones((2, 9, 4)), num_keep=3)
+    >>> reduce = jax.jit(random_keep, static_argnames="num_keep")
+    >>> kept = reduce(jax.random.key(0), jnp.ones((2, 9, 4)), num_keep=3)
     >>> kept.tokens.shape
     (2, 3, 4)
 
@@ -91,8 +91,9 @@ def uniform_keep(
     ValueError: if the token axes disagree or `num_keep` is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> uniform_keep(jnp.ones((1, 12, 2)), num_keep=4).index.tolist()
+    >>> import jax, jax.numpy as jnp
+    >>> reduce = jax.jit(uniform_keep, static_argnames="num_keep")
+    >>> reduce(jnp.ones((1, 12, 2)), num_keep=4).index.tolist()
     [[1, 4, 7, 10]]
 
   Source: ours.
@@ -144,11 +145,12 @@ def pool_keep(
     ValueError: if sizes disagree or no coarser grid has `num_keep` cells.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import functools
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.arange(16.0).reshape(1, 16, 1)
-    >>> pooled = pool_keep(x, num_keep=4, grid=(4, 4))
-    >>> pooled.tokens[0, :, 0].tolist()
-    [2.5, 4.5, 10.5, 12.5]
+    >>> pool = jax.jit(functools.partial(pool_keep, num_keep=4, grid=(4, 4)))
+    >>> pool(x).tokens.tolist()
+    [[[2.5], [4.5], [10.5], [12.5]]]
 
   Cost: 2 N D FLOPs.
 

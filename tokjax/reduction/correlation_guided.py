@@ -89,13 +89,13 @@ def correlation_guided(
     ValueError: if sizes disagree, a setting is out of range or unknown.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> blank = jnp.ones((1, 12, 2))
-    >>> low = jnp.ones((1, 12)) / 12
-    >>> high = jnp.ones((1, 12)).at[0, 7].set(9.0)
-    >>> kept = correlation_guided(blank, blank, low, high, num_keep=6)
-    >>> kept.index[kept.mask].tolist()
-    [7]
+    >>> import jax, jax.numpy as jnp
+    >>> blank, low = jnp.ones((1, 12, 2)), jnp.full((1, 12), 1 / 12)
+    >>> high = jnp.array([7 * [0.05] + [0.45] + 4 * [0.05]])
+    >>> reduce = jax.jit(correlation_guided, static_argnames="num_keep")
+    >>> kept = reduce(blank, blank, low, high, num_keep=2)
+    >>> kept.index.tolist(), kept.mask.tolist()
+    ([[7, 11]], [[True, False]])
 
   Cost: 2 N^2 d FLOPs, N * 128 floats; aggregation 2 K N d FLOPs more.
 
@@ -177,11 +177,11 @@ def correlated_tokens(
     ValueError: if sizes disagree or a setting is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> attention = jnp.array([[0.1, 0.2, 0.3, 0.4]])
-    >>> found = correlated_tokens(jnp.eye(4)[None], attention, attention)
-    >>> float(found.density[0]), found.local.all().item()
-    (1.0, True)
+    >>> import jax, jax.numpy as jnp
+    >>> keys, a = jnp.eye(4)[None], jnp.array([[0.1, 0.2, 0.3, 0.4]])
+    >>> found = jax.jit(correlated_tokens)(keys, a, a)
+    >>> found.density.tolist(), found.local.tolist()
+    ([1.0], [[True, True, True, True]])
 
   Cost: that of `information_density` and two sorts.
 

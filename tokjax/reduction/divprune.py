@@ -73,10 +73,11 @@ def divprune(
     NotImplementedError: if the named implementation cannot take the table.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> angle = jnp.deg2rad(jnp.array([0.0, 10, 20, 90, 100, 180]))
-    >>> x = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    >>> divprune(x[None], num_keep=4).index.tolist()
+    >>> import jax, numpy as np
+    >>> angle = np.deg2rad([0.0, 10, 20, 90, 100, 180])
+    >>> x = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    >>> reduce = jax.jit(divprune, static_argnames="num_keep")
+    >>> reduce(x[None], num_keep=4).index.tolist()
     [[0, 2, 3, 5]]
 
   Cost: 2 N^2 D FLOPs and 4 N^2 bytes for the table, then O(K N). "stream":

@@ -71,11 +71,11 @@ def global_com(
       of range.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> crops = jnp.ones((1, 4, 16, 2))
-    >>> scores = jnp.tile(jnp.arange(16.0), (1, 4, 1))
-    >>> out = global_com(crops[:, 0], crops, jnp.zeros((1, 16)), scores,
-    ...                  grid=(2, 2))
+    >>> import functools
+    >>> import jax, jax.numpy as jnp
+    >>> thumbnail, crops = jnp.ones((1, 16, 2)), jnp.ones((1, 4, 16, 2))
+    >>> reduce = jax.jit(functools.partial(global_com, grid=(2, 2)))
+    >>> out = reduce(thumbnail, crops, thumbnail[..., 0], crops[..., 0])
     >>> int(out.mask.sum())  # a quarter of 5 * 16
     20
 

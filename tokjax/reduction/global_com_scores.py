@@ -105,10 +105,11 @@ def holistic_scores(
     ValueError: if sizes disagree or tokens are no square.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> s = jnp.zeros((1, 4, 1))
-    >>> holistic_scores(s, jnp.array([[3.0]]), grid=(2, 2))[0, :, 0].tolist()
-    [1.5, 1.5, 1.5, 1.5]
+    >>> import functools
+    >>> import jax, jax.numpy as jnp
+    >>> score = jax.jit(functools.partial(holistic_scores, grid=(2, 2)))
+    >>> score(jnp.zeros((1, 4, 1)), jnp.array([[3.0]])).tolist()
+    [[[1.5], [1.5], [1.5], [1.5]]]
 
   Cost: 2 n N^1.5 FLOPs and more by n^0.5.
 

@@ -147,14 +147,14 @@ def hiprune(
       of range, or `compat` is unknown.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> shallow = jnp.zeros((1, 16)).at[0, 5].set(1.0)
-    >>> deep = jnp.full((1, 16), 0.03).at[0, 0].set(0.2)
-    >>> deep = deep.at[0, 3].set(0.15).at[0, 15].set(0.1)
-    >>> kept = hiprune(
-    ...     jnp.ones((1, 16, 2)), shallow, deep, num_keep=8, grid=(4, 4),
-    ...     alpha=0.625)
-    >>> kept.index.tolist()
+    >>> import functools
+    >>> import jax, numpy as np
+    >>> shallow, deep = np.zeros((1, 16)), np.full((1, 16), 0.03)
+    >>> shallow[0, 5] = 1.0
+    >>> deep[0, [0, 3, 15]] = 0.2, 0.15, 0.1
+    >>> reduce = jax.jit(functools.partial(
+    ...     hiprune, num_keep=8, grid=(4, 4), alpha=0.625))
+    >>> reduce(np.ones((1, 16, 2)), shallow, deep).index.tolist()
     [[0, 1, 3, 4, 5, 6, 9, 15]]
 
   Cost: sorts of N numbers; for the text 2 N D FLOPs.

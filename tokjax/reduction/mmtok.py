@@ -82,11 +82,12 @@ def mmtok(
     NotImplementedError: if the named implementation cannot take the table.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> angle = jnp.deg2rad(jnp.array([0.0, 5, 90, 100, 95]))
-    >>> x = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)[None]
+    >>> import jax, numpy as np
+    >>> angle = np.deg2rad([0.0, 5, 90, 100, 95])
+    >>> x = np.stack([np.cos(angle), np.sin(angle)], axis=-1)[None]
     >>> image, text = x[:, :4], x[:, 4:]
-    >>> mmtok(image, image, text, num_keep=2).index.tolist()
+    >>> reduce = jax.jit(mmtok, static_argnames="num_keep")
+    >>> reduce(image, image, text, num_keep=2).index.tolist()
     [[0, 2]]
 
   Cost: 2 N (T D + N E) FLOPs, then 3 (T + N) N a step; holds one table of

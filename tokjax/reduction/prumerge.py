@@ -59,13 +59,14 @@ def prumerge(
     ValueError: if counts are out of range, or sizes disagree.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import functools
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[[4.0], [1.0], [2.0], [1.0]]])
     >>> keys = jnp.array([[[1.0, 0], [0, 1], [1, 0.1], [-1, 0]]])
-    >>> a = jnp.array([[0.7, 0.125, 0.125, 0.05]])
-    >>> out = prumerge(x, keys, a, num_keep=2, num_neighbors=1)
-    >>> [round(float(v), 3) for v in out.tokens[0, :, 0]]
-    [4.25, 0.425]
+    >>> a = jnp.array([[0.5, 0.125, 0.125, 0.0625]])
+    >>> reduce = functools.partial(prumerge, num_keep=2, num_neighbors=1)
+    >>> jax.jit(reduce)(x, keys, a).tokens.tolist()
+    [[[4.25], [0.4375]]]
 
   Cost: 2 K N d + 2 K N D FLOPs, K N floats; the published code loops.
 
@@ -128,10 +129,12 @@ def prumerge_plus(
     ValueError: if counts are out of range, or sizes disagree.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import functools
+    >>> import jax, jax.numpy as jnp
     >>> x, a = jnp.ones((1, 6, 2)), jnp.array([[0.1, 0.1, 0.5, 0.1, 0.1, 0.1]])
-    >>> prumerge_plus(x, x, a, num_keep=4, stride=3).index[0].tolist()
-    [0, 2, 3, 1]
+    >>> reduce = functools.partial(prumerge_plus, num_keep=4, stride=3)
+    >>> jax.jit(reduce)(x, x, a).index.tolist()
+    [[0, 2, 3, 1]]
 
   Cost: as `prumerge`.
 

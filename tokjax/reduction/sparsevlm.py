@@ -109,11 +109,12 @@ def sparsevlm(
     ValueError: if sizes disagree or a setting is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[[1.0], [2.0], [3.0], [4.0]]])
-    >>> out = sparsevlm(x, jnp.array([[0.4, 0.1, 0.3, 0.2]]), num_keep=2)
-    >>> out.index.tolist(), out.tokens[0, :, 0].tolist()
-    ([[0, 2, 3]], [1.0, 3.0, 4.0])
+    >>> reduce = jax.jit(sparsevlm, static_argnames="num_keep")
+    >>> out = reduce(x, jnp.array([[0.4, 0.1, 0.3, 0.2]]), num_keep=2)
+    >>> out.index.tolist(), out.tokens.tolist()
+    ([[0, 2, 3]], [[[1.0], [3.0], [4.0]]])
 
   Cost: a sort, and 2 m^2 D FLOPs for the m tokens that are clustered.
 

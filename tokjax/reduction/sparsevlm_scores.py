@@ -38,10 +38,10 @@ def select_raters(
     ValueError: if sizes disagree.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> visual = jnp.array([[[1.0, 0.0], [2.0, 0.0]]])
     >>> text = jnp.array([[[3.0, 0.0], [0.0, 1.0], [0.0, 5.0]]])
-    >>> select_raters(visual, text).tolist()
+    >>> jax.jit(select_raters)(visual, text).tolist()
     [[True, False, False]]
 
   Cost: 2 N T D FLOPs, N T floats.
@@ -163,10 +163,12 @@ def corrected_scores(
     ValueError: if sizes disagree or a setting is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import functools
+    >>> import jax, jax.numpy as jnp
     >>> q, k = jnp.ones((1, 1, 1, 4)), jnp.ones((1, 1, 4, 4))
-    >>> corrected_scores(q, k, jnp.array([[True]]), rope_base=1.0, num_heads=1,
-    ...   position_ids=jnp.zeros((1, 4), int), first_visual=1, num_visual=2)
+    >>> score = jax.jit(functools.partial(
+    ...     corrected_scores, first_visual=1, num_visual=2, num_heads=1))
+    >>> score(q, k, jnp.array([[True]]), position_ids=jnp.zeros((1, 4), int))
     Array([[1., 1.]], dtype=float32)
 
   Cost: 2 (H + 1) T S d FLOPs; holds H T S probabilities of the text rows.

@@ -74,10 +74,11 @@ def todre(
     NotImplementedError: if the named implementation cannot take the table.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> angle = jnp.deg2rad(jnp.array([0.0, 10, 20, 90, 100, 180]))
-    >>> x = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    >>> todre(x[None], jnp.array([1]), num_keep=4).index.tolist()
+    >>> import jax, numpy as np
+    >>> angle = np.deg2rad([0.0, 10, 20, 90, 100, 180])
+    >>> x = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    >>> reduce = jax.jit(todre, static_argnames="num_keep")
+    >>> reduce(x[None], np.array([1]), num_keep=4).index.tolist()
     [[0, 1, 4, 5]]
 
   Cost: 2 N^2 D FLOPs and 4 N^2 bytes for the similarities, then O(K N).

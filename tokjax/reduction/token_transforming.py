@@ -75,11 +75,12 @@ def token_transforming(
     ValueError: if counts are out of range, or sizes disagree.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]]])
     >>> score = jnp.array([[0.25, 0.325, 0.3, 0.125]])
-    >>> out = token_transforming(x, x, score, num_keep=2)
-    >>> [round(float(v), 4) for v in out.tokens[0, 0]]
+    >>> reduce = jax.jit(token_transforming, static_argnames="num_keep")
+    >>> out = reduce(x, x, score, num_keep=2)
+    >>> [round(v, 4) for v in out.tokens.tolist()[0][0]]
     [0.8107, 0.536]
 
   Cost: 2 K N (d + D) FLOPs, K N floats twice.

@@ -67,11 +67,11 @@ def tome(
     ValueError: if `num_keep` is out of range, or sizes disagree.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[[1.0, 0.0], [1.0, 0.5], [0.0, 1.0], [-1.0, 0.0]]])
-    >>> out = tome(x, x, num_keep=3)
-    >>> out.tokens[0].tolist(), out.size[0].tolist()
-    ([[0.0, 1.0], [1.0, 0.25], [-1.0, 0.0]], [1.0, 2.0, 1.0])
+    >>> out = jax.jit(tome, static_argnames="num_keep")(x, x, num_keep=3)
+    >>> out.tokens.tolist(), out.size.tolist()
+    ([[[0.0, 1.0], [1.0, 0.25], [-1.0, 0.0]]], [[1.0, 2.0, 1.0]])
 
   Cost: N^2 d / 2 + 2 N D FLOPs; N^2 / 4 floats.
 
@@ -125,10 +125,9 @@ def tome_random(
 
   Example:
     >>> import jax, jax.numpy as jnp
-    >>> out = tome_random(
-    ...     jax.random.key(0), jnp.ones((1, 4, 2)), jnp.ones((1, 4, 2)),
-    ...     num_keep=2)
-    >>> float(out.size.sum())
+    >>> x = jnp.ones((1, 4, 2))
+    >>> reduce = jax.jit(tome_random, static_argnames="num_keep")
+    >>> float(reduce(jax.random.key(0), x, x, num_keep=2).size.sum())
     4.0
 
   Cost: 2 (N - K) K d + 2 N D FLOPs.

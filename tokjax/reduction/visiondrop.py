@@ -53,12 +53,13 @@ def encoder_stage(
     ValueError: if counts are out of range, or sizes disagree.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import functools
+    >>> import jax, jax.numpy as jnp
     >>> x, heads = jnp.ones((1, 6, 2)), jnp.ones((1, 1, 6, 2))
-    >>> out = encoder_stage(
-    ...     x, heads, heads, num_dominant=2, num_contextual=1)
-    >>> out.size[0].tolist()
-    [1.0, 1.0, 4.0]
+    >>> reduce = jax.jit(functools.partial(
+    ...     encoder_stage, num_dominant=2, num_contextual=1))
+    >>> reduce(x, heads, heads).size.tolist()
+    [[1.0, 1.0, 4.0]]
 
   Cost: 2 H N d FLOPs with a class token, `column_attention` without.
 
@@ -125,12 +126,14 @@ def llm_stage(
     ValueError: if the span or counts are out of range, or sizes disagree.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import functools
+    >>> import jax, jax.numpy as jnp
     >>> x, heads = jnp.ones((1, 8, 2)), jnp.ones((1, 1, 8, 2))
-    >>> out = llm_stage(x, heads, heads, start=1, stop=7,
-    ...     num_dominant=2, num_contextual=1)
-    >>> out.index[0].tolist(), out.size[0].tolist()
-    ([0, 1, 2], [1.0, 1.0, 4.0])
+    >>> reduce = jax.jit(functools.partial(
+    ...     llm_stage, start=1, stop=7, num_dominant=2, num_contextual=1))
+    >>> out = reduce(x, heads, heads)
+    >>> out.index.tolist(), out.size.tolist()
+    ([[0, 1, 2]], [[1.0, 1.0, 4.0]])
 
   Cost: 2 H n stop d FLOPs for n visual tokens. The published code projects
   queries and keys once more for it; here the layer hands over its own.

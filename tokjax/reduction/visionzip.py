@@ -65,12 +65,14 @@ def visionzip(
     ValueError: if counts are out of range, or sizes disagree.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import functools
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[[8.0], [1.0], [2.0], [4.0]]])
     >>> score = jnp.array([[0.9, 0.0, 0.1, 0.2]])
-    >>> out = visionzip(x, x, score, num_keep=2, num_contextual=1)
-    >>> out.tokens[0, :, 0].tolist(), out.size[0].tolist()
-    ([8.0, 4.0], [1.0, 3.0])
+    >>> reduce = functools.partial(visionzip, num_keep=2, num_contextual=1)
+    >>> out = jax.jit(reduce)(x, x, score)
+    >>> out.tokens.tolist(), out.size.tolist()
+    ([[[8.0], [4.0]]], [[1.0, 3.0]])
 
   Cost: 2 N num_contextual d FLOPs.
 

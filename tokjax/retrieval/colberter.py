@@ -284,10 +284,11 @@ class ColberterHead(nnx.Module):
 
   Example:
     >>> config = ColberterConfig(hidden_dim=6, cls_dim=5, token_dim=4)
-    >>> head = ColberterHead(config, rngs=nnx.Rngs(0))
+    >>> head = jax.jit(lambda: ColberterHead(config, rngs=nnx.Rngs(0)))()
     >>> words = jnp.array([[0, 7, 8, 7, 0]], jnp.uint32)
-    >>> bags = head.passages(jnp.ones((1, 5, 6)), jnp.ones((1, 5), bool),
-    ...                      words, jnp.array([[7, 8]], jnp.uint32))
+    >>> bags = jax.jit(head.passages)(
+    ...   jnp.ones((1, 5, 6)), jnp.ones((1, 5), bool), words,
+    ...   jnp.array([[7, 8]], jnp.uint32))
     >>> bags.cls.shape, bags.words.shape
     ((1, 5), (1, 2, 4))
 
@@ -520,8 +521,9 @@ def loss(
 
   Example:
     >>> pair = jnp.array([[3.0, 1.0]])
-    >>> found = loss(Scores(pair, 2 * pair, pair), jnp.array([[1.0, 0.0]]),
-    ...              jnp.ones((1, 2, 4)), jnp.ones((1, 2, 4), bool))
+    >>> found = jax.jit(loss)(
+    ...   Scores(pair, 2 * pair, pair), jnp.array([[1.0, 0.0]]),
+    ...   jnp.ones((1, 2, 4)), jnp.ones((1, 2, 4), bool))
     >>> [round(float(x), 3) for x in found]  # 1 + 0.1 * 9 + 0.75 * 2
     [3.4, 1.0, 9.0, 2.0]
 

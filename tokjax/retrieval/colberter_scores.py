@@ -191,10 +191,11 @@ def score_pairs(
     NotImplementedError: for an implementation of exact match.
 
   Example:
-    >>> query, documents = jnp.ones((2, 3, 4)), jnp.ones((2, 5, 6, 4))
-    >>> found = score_pairs(
+    >>> import numpy as np
+    >>> query, documents = np.ones((2, 3, 4)), np.ones((2, 5, 6, 4))
+    >>> found = jax.jit(score_pairs)(
     ...   query[:, 0], query, query[..., 0] > 0, documents[:, :, 0], documents,
-    ...   documents[..., 0] > 0, jnp.zeros(()))
+    ...   documents[..., 0] > 0, 0.0)
     >>> found.scores.shape, float(found.scores[0, 0])
     ((2, 5), 8.0)
 

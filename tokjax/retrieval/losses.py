@@ -126,10 +126,9 @@ def in_batch_cross_entropy(
 
   Example:
     >>> scores = jnp.array([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]])
-    >>> print(f"{in_batch_cross_entropy(scores):.4f}")
-    1.0064
-    >>> print(f"{in_batch_cross_entropy(scores, own_negatives=False):.4f}")
-    0.5514
+    >>> loss = jax.jit(in_batch_cross_entropy, static_argnames="own_negatives")
+    >>> print(f"{loss(scores):.4f}, {loss(scores, own_negatives=False):.4f}")
+    1.0064, 0.5514
 
   Source: Santhanam et al., 2021, "ColBERTv2", for negatives of the batch; the
   two sets of candidates are those of the PyLate and ColBERT code, which
@@ -208,11 +207,12 @@ def kl_distillation(
     ValueError: if ranks or sizes disagree, or for an unknown `normalize`.
 
   Example:
+    >>> loss = jax.jit(kl_distillation, static_argnames="normalize")
     >>> teacher = jnp.array([[1.0, 0.0]])
-    >>> print(f"{kl_distillation(jnp.zeros((1, 2)), teacher):.4f}")
+    >>> print(f"{loss(jnp.zeros((1, 2)), teacher):.4f}")
     0.1109
     >>> student = jnp.array([[30.0, 20.0]])
-    >>> print(f"{kl_distillation(student, teacher, normalize='min_max'):.4f}")
+    >>> print(f"{loss(student, teacher, normalize='min_max'):.4f}")
     0.0000
 
   Source: Santhanam et al., 2021, "ColBERTv2". Equal scores under "min_max"
@@ -395,7 +395,8 @@ def global_in_batch_loss(
     ...   )
     >>> with jax.set_mesh(jax.make_mesh((1,), ("data",))):
     ...   tokens = jax.device_put(jnp.eye(2)[:, None, :], jax.P("data"))
-    ...   loss = jax.shard_map(local, out_specs=jax.P())(tokens, tokens)
+    ...   loss_fn = jax.jit(jax.shard_map(local, out_specs=jax.P()))
+    ...   loss = loss_fn(tokens, tokens)
     >>> print(f"{loss:.4f}")  # log(1 + 1/e)
     0.3133
 

@@ -42,12 +42,13 @@ def nearest_tokens(
     ValueError: if widths disagree or a setting is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> import numpy as np
+    >>> import jax, numpy as np
     >>> from tokjax.retrieval import token_index
     >>> tokens = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32)
     >>> index = token_index.build(tokens, np.array([0, 2, 3]))
-    >>> nearest_tokens(index, jnp.array([[0.6, 0.8]]), 3)[0].tolist()
+    >>> find = jax.jit(nearest_tokens, static_argnums=2)
+    >>> documents, scores = find(index, np.array([[0.6, 0.8]]), 3)
+    >>> documents.tolist()
     [[1, 0, 0]]
 
   Cost: 2 Q T D FLOPs for T stored rows, and a top-k of `block_size + k`

@@ -272,13 +272,13 @@ def aggregate(
     ValueError: if sizes disagree or k is out of range.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> ids = jnp.array([[[0, 1, 0], [1, 2, 2]]])
     >>> scores = jnp.array([[[0.9, 0.7, 0.5], [0.8, 0.6, 0.4]]])
-    >>> found = aggregate(ids, scores, k=3)
+    >>> found = jax.jit(aggregate, static_argnames="k")(ids, scores, k=3)
     >>> found.index.tolist()
     [[1, 0, 2]]
-    >>> [round(float(s), 2) for s in found.scores[0]]
+    >>> [round(s, 2) for s in found.scores.tolist()[0]]
     [0.75, 0.65, 0.55]
 
   Source: Lee et al., 2023, "Rethinking the Role of Token Retrieval in
@@ -340,13 +340,14 @@ def search(
       word ids.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> import numpy as np
+    >>> import functools
+    >>> import jax, numpy as np
     >>> from tokjax.retrieval import token_index
     >>> tokens = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32)
     >>> index = token_index.build(tokens, np.array([0, 2, 3]))
-    >>> query = jnp.array([[[0.6, 0.8], [0.8, 0.6]]])
-    >>> search(index, query, k=2, k_prime=2).index.tolist()
+    >>> query = np.array([[[0.6, 0.8], [0.8, 0.6]]])
+    >>> find = jax.jit(functools.partial(search, k=2, k_prime=2))
+    >>> find(index, query).index.tolist()
     [[1, 0]]
 
   Cost: 2 Nq Q T D FLOPs for T stored rows, and a top-k of
