@@ -1,6 +1,6 @@
 """Calls as one program: eager ones compile each of their operations apart.
 
-    merging = compiled(merging)  # in a test of tokjax.ops.merging
+merging = compiled(merging)  # in a test of tokjax.ops.merging
 """
 
 import functools
@@ -10,7 +10,7 @@ import types
 import jax
 import numpy as np
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "run"]
 
 
 def compiled(module, leave=()):
@@ -25,6 +25,11 @@ def compiled(module, leave=()):
     if inspect.isroutine(getattr(module, name)) and name not in leave
   }
   return types.SimpleNamespace(**{**vars(module), **public})
+
+
+def run(function, *args, **kwargs):
+  """One call as one program; arrays may be NumPy's."""
+  return _compiled(function)(*args, **kwargs)
 
 
 def _compiled(function):

@@ -1,6 +1,5 @@
 """Labelled images and their augmented batches."""
 
-
 import numpy as np
 import pytest
 

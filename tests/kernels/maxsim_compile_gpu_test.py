@@ -44,7 +44,7 @@ def _arguments(shape, dim, dtype):
   )
 
 
-# A shape sets the grid and a width the kernel: each is tried, all pairs if slow.
+# A shape sets the grid, a width the kernel: each is tried, all pairs if slow.
 _SIZES = [
   pytest.param(name, dim, marks=() if i % len(DIMS) == j else pytest.mark.slow)
   for i, name in enumerate(SHAPES)

@@ -1,6 +1,5 @@
 """Documents back to back give what padded documents give."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

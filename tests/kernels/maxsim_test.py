@@ -1,6 +1,5 @@
 """MaxSim scores: worked numbers, a loop, masks, empties, properties, errors."""
 
-
 import hypothesis
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,5 @@
 """Rows of attention and outliers, against NumPy in float64."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

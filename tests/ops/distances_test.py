@@ -1,16 +1,9 @@
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import run
 from tokjax.ops import distances
-
-
-def run(function, *arrays, **settings):
-  """Calls a function under jit, which makes JAX arrays of NumPy's."""
-  return jax.jit(functools.partial(function, **settings))(*arrays)
 
 
 def tokens(seed, *shape):

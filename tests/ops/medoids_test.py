@@ -5,18 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compiled import compiled
+from tests.compiled import compiled, run
 from tokjax.ops import distances, medoids, merging, plans
 
 distances = compiled(distances)
 medoids = compiled(medoids)
 merging = compiled(merging)
 plans = compiled(plans)
-
-
-def run(function, *arrays, **settings):
-  """Calls a function under jit, which makes JAX arrays of NumPy's."""
-  return jax.jit(functools.partial(function, **settings))(*arrays)
 
 
 LINE = np.array([[0], [1], [2], [10], [11], [13]], np.float32)

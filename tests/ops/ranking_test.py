@@ -1,19 +1,12 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compiled import compiled
+from tests.compiled import compiled, run
 from tokjax.ops import ranking
 
 ranking = compiled(ranking)
-
-
-def run(function, *arrays, **settings):
-  """Calls a function under jit, which makes JAX arrays of NumPy's."""
-  return jax.jit(functools.partial(function, **settings))(*arrays)
 
 
 def cases(seed, number=300, size=9):

@@ -1,4 +1,3 @@
-
 import hypothesis
 import jax
 import jax.numpy as jnp

@@ -1,21 +1,14 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compiled import compiled
+from tests.compiled import compiled, run
 from tests.ops import medoids_test
 from tests.ops.medoids_test import Oracle
 from tokjax.reduction import center_clip as cc
 
 cc = compiled(cc)
-
-
-def run(function, *arrays, **settings):
-  """Calls a function under jit, which makes JAX arrays of NumPy's."""
-  return jax.jit(functools.partial(function, **settings))(*arrays)
 
 
 LINE = np.array([[[0], [1], [2], [10], [11], [13]]], np.float32)

@@ -1,6 +1,5 @@
 """The controls: random, uniform, pooled, down-sampled."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

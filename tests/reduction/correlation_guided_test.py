@@ -5,18 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compiled import compiled
+from tests.compiled import compiled, run
 from tokjax.ops import budgets
 from tokjax.reduction import correlation_guided as guided
 from tokjax.reduction import correlation_scores as scores
 
 guided = compiled(guided)
 scores = compiled(scores)
-
-
-def run(function, *arrays, **settings):
-  """Calls a function under jit, which makes JAX arrays of NumPy's."""
-  return jax.jit(functools.partial(function, **settings))(*arrays)
 
 
 N = 16

@@ -1,4 +1,3 @@
-import functools
 import math
 
 import jax
@@ -6,17 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compiled import compiled
+from tests.compiled import compiled, run
 from tokjax.reduction import global_com
 from tokjax.reduction import global_com_scores as scores
 
 global_com = compiled(global_com)
 scores = compiled(scores)
-
-
-def run(function, *arrays, **settings):
-  """Calls a function under jit, which makes JAX arrays of NumPy's."""
-  return jax.jit(functools.partial(function, **settings))(*arrays)
 
 
 def pictures(seed, grid=(2, 3), side=4, number=60, width=3):

@@ -5,15 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled import run
 from tests.ops import density_peaks_test
 from tokjax.ops import budgets
 from tokjax.reduction import sparsevlm, sparsevlm_scores
-
-
-def run(function, *arrays, **settings):
-  """Calls a function under jit, which makes JAX arrays of NumPy's."""
-  return jax.jit(functools.partial(function, **settings))(*arrays)
-
 
 N = 14
 

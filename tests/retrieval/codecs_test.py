@@ -1,6 +1,5 @@
 """Token codecs: what is stored, what comes back, and how close it is."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

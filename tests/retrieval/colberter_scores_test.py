@@ -1,6 +1,5 @@
 """Both scores and their mix, in batches and in lists; where gradients go."""
 
-
 import jax
 import jax.numpy as jnp
 import jax.test_util

@@ -1,6 +1,5 @@
 """Pooling to words, gates, the head and its stages, and the loss."""
 
-
 import jax
 import jax.numpy as jnp
 import jax.test_util

@@ -126,9 +126,7 @@ def test_ties_go_to_the_lower_document(seed, num_documents):
   """With two query tokens, sums of quarters are exact in any order."""
   ids, scores, query_mask = entries(seed, shape=(2, 2, 6), quarters=True)
   query_mask = jnp.ones_like(query_mask)
-  found = aggregate(
-    ids, scores, query_mask, k=7, num_documents=num_documents
-  )
+  found = aggregate(ids, scores, query_mask, k=7, num_documents=num_documents)
   check(found, rankings(ids, scores, query_mask, 7))
 
 
