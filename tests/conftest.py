@@ -1,6 +1,5 @@
 """Settings every test runs under; they must come before jax starts."""
 
-import importlib
 import itertools
 import os
 import pathlib
@@ -20,20 +19,8 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
-ROOT = pathlib.Path(__file__).parent
-CONTRACTS = ROOT / "tests" / "contracts"
-SHARED_DATA = ROOT.parent / "shared" / "data"
-
-
-def pytest_collect_file(file_path):
-  """Imports a module with examples, which pytest would execute again.
-
-  Of two copies of one class, neither is the type that the other's annotations
-  ask for.
-  """
-  if ROOT / "tokjax" in file_path.parents and file_path.suffix == ".py":
-    name = file_path.relative_to(ROOT).with_suffix("")
-    importlib.import_module(".".join(name.parts).removesuffix(".__init__"))
+CONTRACTS = pathlib.Path(__file__).parent / "contracts"
+SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture
