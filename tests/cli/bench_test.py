@@ -8,8 +8,9 @@ from tokjax.cli import bench
 def test_subjects_are_the_hot_paths():
   found = bench.subjects()
   assert set(found) == {
-    "encode", "greedy_select", "losses", "maxsim", "muvera", "reduction",
-    "reduction_accuracy", "search", "selection", "trained_retrieval",
+    "encode", "greedy_select", "losses", "maxsim", "muvera", "nearest_code",
+    "reduction", "reduction_accuracy", "search", "selection",
+    "trained_retrieval",
   }  # fmt: skip
   assert all(len(text) > 10 for text in found.values())
 

@@ -13,6 +13,7 @@ from tokjax.kernels.maxsim import (
   maxsim_packed,
   maxsim_pairs,
 )
+from tokjax.kernels.nearest_code import nearest_code, topk_codes
 
 # Scores are sums of 5 inner products of width 16; bfloat16 inputs are widened
 # or summed in float32, so only the order of summation differs.
@@ -40,6 +41,13 @@ def packed(seed):
   key = jax.random.fold_in(jax.random.key(seed), 1)
   ids = jnp.sort(jax.random.randint(key, tokens.shape[:1], 0, 13))
   return queries, tokens, ids, query_mask
+
+
+def codes(seed):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  x = jax.random.normal(keys[0], (8, 5, 6))
+  mask = jax.random.bernoulli(keys[2], 0.8, x.shape[:2])
+  return x, jax.random.normal(keys[1], (24, 6)), mask
 
 
 def maxsim_case(name, function, inputs=sets, batched=(0, 1, 2, 3), **settings):
@@ -75,6 +83,19 @@ CASES = [
     memory_budget_bytes=2000,
   ),
   maxsim_case("maxsim_alignment", maxsim_alignment),
+  Case("nearest_code", nearest_code, codes, batched=(0, 2)),
+  Case(  # codes are spread over the devices, tokens are not
+    "nearest_code-codes",
+    functools.partial(nearest_code, metric="cosine", block_size=2),
+    codes,
+    batched=(1,),
+  ),
+  Case(  # three codes a device
+    "topk_codes-codes",
+    lambda x, codebook, mask: topk_codes(x, codebook, 5, mask, block_size=7),
+    codes,
+    batched=(1,),
+  ),
 ]
 
 
