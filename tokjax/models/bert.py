@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokjax import checks
+from tokjax.ops.rows import take_rows
 from tokjax.typing import Array, Bool, Float, Int, Key
 
 __all__ = [
@@ -158,10 +159,10 @@ class Bert(nnx.Module):
         )
     if segments is not None and self.segments is None:
       raise ValueError("segments must be None: this encoder has no segments")
-    x = _rows(self.words.embedding[...], ids)
+    x = take_rows(self.words.embedding[...], ids)
     x = x + self.positions.embedding[:length][None]
     if segments is not None:
-      x = x + _rows(self.segments.embedding[...], segments)
+      x = x + take_rows(self.segments.embedding[...], segments)
     elif self.segments is not None:
       x = x + self.segments.embedding[0][None, None]
     return self.norm(x).astype(x.dtype)
@@ -382,14 +383,6 @@ def _with_blocks(encoder, blocks):
   copy.config = dataclasses.replace(encoder.config, num_layers=count)
   copy.blocks = blocks
   return copy
-
-
-def _rows(table, ids):
-  """table[ids], laid out over an explicit mesh as the ids are."""
-  spec = jax.typeof(ids).sharding.spec
-  if all(axis is None for axis in spec):
-    return table[ids]
-  return table.at[ids].get(out_sharding=jax.P(*spec, None))
 
 
 def _normal(config):
