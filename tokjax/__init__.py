@@ -3,10 +3,11 @@
 Functions people import most stand here; the rest is one area away:
 
 - `tokjax.ops`: arrays in, arrays out, no weights.
-- `tokjax.kernels`: MaxSim, attention received by keys, greedy selection, with
-  a reference beside every implementation.
+- `tokjax.kernels`: MaxSim, attention received by keys, greedy selection,
+  nearest codes, with a reference beside every implementation.
 - `tokjax.retrieval`: ColBERT encoding, MUVERA, codecs, indexes and search.
 - `tokjax.reduction`: fewer tokens: selected, merged, mixed.
+- `tokjax.tokenizers`: quantizers with learned codes, their state passed along.
 - `tokjax.models`: encoders of text and images, and the weights they load.
 - `tokjax.data`, `tokjax.eval`: data sets and ranking metrics.
 - `tokjax.train`, `tokjax.checkpoint`: one loop, sharded and resumable.
@@ -40,6 +41,7 @@ _AREAS = (
   "parallel",
   "reduction",
   "retrieval",
+  "tokenizers",
   "train",
 )
 
