@@ -1,6 +1,7 @@
 """Models saved as folders: read back exactly, by us and by others' rules."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -28,9 +29,19 @@ TEXT = colbert.ColbertConfig(
 )  # fmt: skip
 
 
+@functools.cache
+def made(kind, config, seed):
+  return jax.jit(lambda: kind(config, rngs=nnx.Rngs(seed)))()
+
+
+def make_module(kind, config, seed):
+  """One's own, to be changed."""
+  return jax.tree.map(lambda x: x, made(kind, config, seed))
+
+
 def projection(**settings):
   config = HeadConfig(input_dim=16, output_dim=8, **settings)
-  return ProjectionHead(config, rngs=nnx.Rngs(1))
+  return make_module(ProjectionHead, config, 1)
 
 
 def with_words(number):
@@ -38,14 +49,15 @@ def with_words(number):
     number, hidden_dim=16, cls_dim=5, token_dim=4, query_length=9,
     document_length=11,
   )  # fmt: skip
-  return ColberterHead(config, rngs=nnx.Rngs(2))
+  return make_module(ColberterHead, config, 2)
 
 
+NUMBERS = np.arange(48, dtype=np.float32).reshape(16, 3)
 # name -> head, and where its parameters go
 HEADS = {
   "none": (lambda: None, "none"),
   "matrix": (
-    lambda: heads.from_matrix(jnp.arange(48.0).reshape(16, 3)), "dense",
+    lambda: heads.from_matrix(jnp.asarray(NUMBERS)), "dense",
   ),
   "linear": (projection, "dense"),
   "bias": (lambda: projection(bias=True), "dense"),
@@ -90,7 +102,7 @@ def make(head=None, method=None, shape=SHAPE, config=TEXT):
   if method is None:
     words = isinstance(head, ColberterHead)
     method = methods.Method("colberter" if words else "colbert")
-  encoder = bert.Bert(shape, rngs=nnx.Rngs(0))
+  encoder = make_module(bert.Bert, shape, 0)
   return checkpoints.Checkpoint(encoder, head, make_tokenizer(), config, method)
 
 
@@ -169,15 +181,14 @@ def test_an_encoder_without_segments_is_a_distilbert(tmp_path):
 
 
 def test_bfloat16_is_read_as_the_same_float32(tmp_path):
-  checkpoint = jax.tree.map(
-    lambda x: x.astype(jnp.bfloat16), make(projection()).encoder
-  )
-  checkpoint = dataclasses.replace(make(projection()), encoder=checkpoint)
+  checkpoint = make(projection())
+  low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), checkpoint.encoder)
+  checkpoint = dataclasses.replace(checkpoint, encoder=low)
   saving.save(tmp_path / "model", checkpoint)
   got = checkpoints.load(str(tmp_path / "model"))
   assert_same(
     got.encoder,
-    jax.tree.map(lambda x: x.astype(jnp.float32), checkpoint.encoder),
+    jax.tree.map(lambda x: np.asarray(x, np.float32), checkpoint.encoder),
   )
 
 
@@ -206,8 +217,11 @@ def test_pylate_finds_the_same_model(tmp_path, name):
   (tmp_path / "model" / "tokjax.json").unlink()
   got = checkpoints.load(str(tmp_path / "model"))
   assert got.layout == "sentence-transformers" and got.config == config
-  x = jax.random.normal(jax.random.key(0), (3, 16))
-  np.testing.assert_array_equal(got.head(x), checkpoint.head(x))
+  x = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+  project = jax.jit(lambda head, x: head(x))
+  np.testing.assert_array_equal(
+    project(got.head, x), project(checkpoint.head, x)
+  )
   path = tmp_path / "model" / "config_sentence_transformers.json"
   said = json.loads(path.read_text())
   assert said["query_prefix"] == "" and said["document_prefix"] == "[D]"

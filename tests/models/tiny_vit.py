@@ -1,6 +1,7 @@
 """A tiny ViT, and its forward in float64."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tests.compiled import run
 from tokjax.models import vit
 from tokjax.reduction import types
 
@@ -23,24 +25,37 @@ CONFIG = vit.VitConfig(
 )
 
 
+@functools.cache
+def _made(config):
+  return jax.jit(lambda: vit.Vit(config, rngs=nnx.Rngs(0)))()
+
+
 def tiny(**changes):
-  config = dataclasses.replace(CONFIG, **changes)
-  return vit.Vit(config, rngs=nnx.Rngs(0))
+  made = _made(dataclasses.replace(CONFIG, **changes))
+  return jax.tree.map(lambda x: x, made)  # one's own, to be changed
 
 
 def encode(model, x, mask=None, **settings):
   """`model.encode`, compiled as a whole: much faster than op by op."""
-  return jax.jit(lambda m, x, mask: m.encode(x, mask, **settings))(
-    model, x, mask
-  )
+  return run(vit.Vit.encode, model, x, mask, **settings)
 
 
 def embed(model, x, mask=None, **settings):
-  return jax.jit(lambda m, x, mask: m(x, mask, **settings))(model, x, mask)
+  return run(vit.Vit.__call__, model, x, mask, **settings)
+
+
+def output(model, encoded):
+  return run(vit.Vit.embed, model, encoded)
 
 
 def photos(seed=0, batch=2, side=12):
-  return jax.random.normal(jax.random.key(seed), (batch, side, side, 3))
+  random = np.random.default_rng(seed)
+  return random.normal(size=(batch, side, side, 3)).astype(np.float32)
+
+
+def cut(images):
+  """Patches of photos."""
+  return np.asarray(run(vit.patchify, images, CONFIG.patch_size))
 
 
 # --- the same in float64 loops, one image at a time -------------------------
@@ -59,7 +74,7 @@ def linear64(module, x):
 
 
 def block_of(model, layer):
-  return jax.tree.map(lambda x: x[layer], model.blocks)
+  return jax.tree.map(lambda x: np.asarray(x)[layer], model.blocks)
 
 
 def attention64(block, x, size=None):

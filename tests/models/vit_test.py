@@ -1,6 +1,7 @@
 """One ViT for every family: against stored activations and a plain loop."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.compiled import run
 from tests.models.tiny_vit import (
   CONFIG,
   attention64,
   block_of,
+  cut,
   embed,
   embed64,
   encode,
@@ -21,6 +24,7 @@ from tests.models.tiny_vit import (
   linear64,
   mlp64,
   norm64,
+  output,
   photos,
   tiny,
 )
@@ -39,6 +43,7 @@ FAMILIES = (
 )
 
 
+@functools.cache
 def load_golden(name):
   stored = dict(np.load(GOLDEN / name / "hidden.npz"))
   return vit_weights.load(str(GOLDEN / name)), stored
@@ -49,27 +54,27 @@ def test_equals_stored_transformers_activations(name):
   model, want = load_golden(name)
   count = model.config.num_layers
   layers = tuple(range(count))
-  got = jax.jit(
-    lambda m, x: m.encode(x, taps=Taps(layers, layers, hidden=layers))
-  )(model, want["images"])
+  taps = Taps(layers, layers, hidden=layers)
+  got = encode(model, want["images"], taps=taps)
   for layer in layers:
     tap = got.taps[layer]
     np.testing.assert_allclose(tap.hidden, want["hidden"][layer + 1], atol=1e-5)
     logits = np.einsum("bhnd,bhmd->bhnm", tap.queries, tap.keys)
-    weights = jax.nn.softmax(logits * tap.keys.shape[-1] ** -0.5, axis=-1)
+    scale = np.float32(tap.keys.shape[-1] ** -0.5)
+    weights = run(jax.nn.softmax, logits * scale, axis=-1)
     np.testing.assert_allclose(weights, want["attention"][layer], atol=1e-5)
-  np.testing.assert_allclose(model.embed(got), want["output"], atol=2e-5)
+  np.testing.assert_allclose(output(model, got), want["output"], atol=2e-5)
   np.testing.assert_allclose(
-    embed(model, jnp.asarray(want["images"])), want["output"], atol=2e-5
+    embed(model, want["images"]), want["output"], atol=2e-5
   )
 
 
 @pytest.mark.parametrize("name", ["dinov2_tiny", "dinov2_registers_tiny"])
 def test_other_shapes_interpolate_positions_as_transformers(name):
   model, want = load_golden(name)
-  got = encode(model, jnp.asarray(want["wide_images"]))
+  got = encode(model, want["wide_images"])
   np.testing.assert_allclose(got.tokens, want["wide_hidden"][-1], atol=1e-5)
-  np.testing.assert_allclose(model.embed(got), want["wide_output"], atol=2e-5)
+  np.testing.assert_allclose(output(model, got), want["wide_output"], atol=2e-5)
 
 
 # Parameters as published: the checkpoints' own counts.
@@ -103,17 +108,15 @@ def test_unknown_shapes_are_named():
 def test_forward_equals_the_loop():
   model, images = tiny(), photos()
   got = encode(model, images)
-  for image, tokens in zip(np.asarray(images), got.tokens, strict=True):
+  for image, tokens in zip(images, np.asarray(got.tokens), strict=True):
     x = embed64(model, image)
     for layer in range(3):
       block = block_of(model, layer)
       x = mlp64(block, attention64(block, x)[0])
     np.testing.assert_allclose(tokens, x, atol=2e-5)
     logits = linear64(model.head, norm64(model.norm, x[0]))
-    np.testing.assert_allclose(
-      embed(model, jnp.asarray(image)[None])[0], logits, atol=2e-5
-    )
-  assert got.mask.all() and (got.size == 1).all()
+    np.testing.assert_allclose(embed(model, image[None])[0], logits, atol=2e-5)
+  assert np.all(got.mask) and np.all(np.asarray(got.size) == 1)
   np.testing.assert_array_equal(got.index, np.tile(np.arange(10), (2, 1)))
 
 
@@ -123,7 +126,7 @@ def test_attention_equals_a_loop():
   k, v = rng.normal(size=(2, 2, 2, 5, 4))
   bias = np.log(rng.integers(1, 5, (2, 5)))
   bias[1, 3] = np.finfo(np.float32).min
-  got = vit_blocks.attend(*map(jnp.float32, (q, k, v, bias)))
+  got = np.asarray(run(vit_blocks.attend, *map(np.float32, (q, k, v, bias))))
   for b, h, i in np.ndindex(2, 2, 3):
     weight = np.exp(k[b, h] @ q[b, h, i] / 2 + bias[b])
     want = weight @ v[b, h] / weight.sum()
@@ -131,22 +134,24 @@ def test_attention_equals_a_loop():
 
 
 def test_initial_weights_and_norms_are_those_of_the_config():
-  made = vit_blocks.linear(CONFIG, 400, 300, nnx.Rngs(0), bias=False)
+  made = jax.jit(
+    lambda: vit_blocks.linear(CONFIG, 400, 300, nnx.Rngs(0), bias=False)
+  )()
   assert made.bias is None
-  assert abs(float(jnp.std(made.kernel[...])) / CONFIG.init_scale - 1) < 0.02
-  low = jnp.arange(12.0).astype(jnp.bfloat16)
-  got = vit_blocks.norm(CONFIG, nnx.Rngs(0))(low)
-  assert got.dtype == jnp.float32 and abs(float(jnp.mean(got))) < 1e-6
+  assert abs(np.std(made.kernel[...]) / CONFIG.init_scale - 1) < 0.02
+  low = np.arange(12.0).astype(jnp.bfloat16)
+  got = jax.jit(lambda x: vit_blocks.norm(CONFIG, nnx.Rngs(0))(x))(low)
+  assert got.dtype == jnp.float32 and abs(np.mean(got)) < 1e-6
   assert set(vit_blocks.ACTIVATIONS) == set(vit_shapes.ACTIVATIONS)
-  x = jnp.array([1.0, -2.0])
-  quick = vit_blocks.ACTIVATIONS["quick_gelu"](x)
+  x = np.float32([1.0, -2.0])
+  quick = run(vit_blocks.ACTIVATIONS["quick_gelu"], x)
   np.testing.assert_allclose(quick, x / (1 + np.exp(-1.702 * x)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (5, 7)])
 def test_patches_are_cut_row_by_row_and_the_remainder_left(shape):
   images = np.random.default_rng(0).normal(size=(2, *shape, 3))
-  got = vit.patchify(jnp.float32(images), 2)
+  got = np.asarray(run(vit.patchify, np.float32(images), 2))
   assert got.shape == (2, 6, 12)
   for b, i, j in np.ndindex(2, 2, 3):
     patch = images[b, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].reshape(-1)
@@ -155,13 +160,13 @@ def test_patches_are_cut_row_by_row_and_the_remainder_left(shape):
 
 def test_patches_and_images_are_the_same_input():
   model, images = tiny(), photos()
-  got = encode(model, vit.patchify(images, 4)).tokens
+  got = encode(model, cut(images)).tokens
   np.testing.assert_array_equal(got, encode(model, images).tokens)
 
 
 def test_batch_equals_one_by_one():
   model, images = tiny(), photos(batch=3)
-  want = embed(model, images)
+  want = np.asarray(embed(model, images))
   for i in range(3):
     np.testing.assert_allclose(
       embed(model, images[i : i + 1])[0], want[i], atol=1e-6
@@ -171,10 +176,10 @@ def test_batch_equals_one_by_one():
 @pytest.mark.parametrize("pool", vit_shapes.POOLS)
 def test_masked_patches_have_no_influence(pool):
   model = tiny(pool=pool)
-  patches = vit.patchify(photos(), 4)
-  mask = jnp.arange(9)[None] < jnp.array([[9], [4]])
-  want = embed(model, patches, mask)
-  poisoned = jnp.where(mask[..., None], patches, jnp.nan)
+  patches = cut(photos())
+  mask = np.arange(9) < np.array([[9], [4]])
+  want = np.asarray(embed(model, patches, mask))
+  poisoned = np.where(mask[..., None], patches, np.nan)
   np.testing.assert_array_equal(embed(model, poisoned, mask), want)
   # As if the patches were not there: the rows removed before the first block.
   keep = Reduction(
@@ -184,14 +189,14 @@ def test_masked_patches_have_no_influence(pool):
     layers=(0,),
     place="before",
   )
-  removed = embed(model, patches, reductions=(keep,))
+  removed = np.asarray(embed(model, patches, reductions=(keep,)))
   np.testing.assert_allclose(removed[1], want[1], atol=1e-5)
   assert np.abs(removed[0] - want[0]).max() > 1e-2
 
 
 def test_image_without_patches_is_finite():
-  model, patches = tiny(pool="mean"), vit.patchify(photos(), 4)
-  none = jnp.zeros((2, 9), bool)
+  model, patches = tiny(pool="mean"), cut(photos())
+  none = np.zeros((2, 9), bool)
   gradient = jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(m(patches, none)))))(
     model
   )
@@ -200,7 +205,7 @@ def test_image_without_patches_is_finite():
 
 def test_gradient_reaches_every_parameter():
   model = tiny(layer_scale=0.5, num_registers=2, pool="mean", norm_input=True)
-  weight = jax.random.normal(jax.random.key(1), (2, 5))
+  weight = np.float32(np.random.default_rng(1).normal(size=(2, 5)))
   gradient = jax.jit(
     jax.grad(lambda m: jnp.sum(jnp.sin(m(photos())) * weight))
   )(model)
@@ -211,13 +216,12 @@ def test_gradient_reaches_every_parameter():
 
 
 def test_bfloat16_weights_compute_in_bfloat16_near_float32():
-  model = tiny()
-  low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
-  high = jax.tree.map(lambda x: x.astype(jnp.float32), low)
-  got = low(photos())
+  low = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), tiny())
+  high = jax.tree.map(lambda x: np.asarray(x, np.float32), low)
+  got = embed(low, photos())
   assert got.dtype == jnp.bfloat16
   # 3 layers of rounding to 8 bits, on values of size 1.
-  np.testing.assert_allclose(np.float32(got), high(photos()), atol=0.1)
+  np.testing.assert_allclose(np.float32(got), embed(high, photos()), atol=0.1)
 
 
 @pytest.mark.unchecked
@@ -288,7 +292,7 @@ def test_config_errors_name_the_field(changes, message):
 )
 def test_errors_name_the_argument(call, message):
   with pytest.raises(ValueError, match=message):
-    call(tiny())
+    jax.eval_shape(call, tiny())
 
 
 # --- taps ------------------------------------------------------------------
@@ -306,7 +310,7 @@ def test_taps_are_what_was_asked_for_and_change_nothing():
   np.testing.assert_array_equal(got.taps[-1].hidden, got.tokens)
   assert got.taps[1].queries is None and got.taps[0].hidden is None
   assert got.taps[-2].queries.shape == (2, 3, 10, 4)
-  x = embed64(model, np.asarray(images[0]))
+  x = embed64(model, images[0])
   x, keys = attention64(block_of(model, 0), x)
   np.testing.assert_allclose(got.taps[0].keys[0], keys, atol=1e-5)
   x = mlp64(block_of(model, 0), x)

@@ -1,5 +1,7 @@
 """Pooling to words, gates, the head and its stages, and the loss."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -8,14 +10,15 @@ import optax
 import pytest
 from flax import nnx
 
-from tests.kernels.arrays import takes_numpy
+from tests.compiled import compiled, run
 from tokjax.kernels.maxsim import maxsim
 from tokjax.retrieval import colberter
 from tokjax.retrieval.colberter import Bags, ColberterConfig, ColberterHead
 
-pool_words = takes_numpy(colberter.pool_words)
-stopword_gate = takes_numpy(colberter.stopword_gate)
-gate_sparsity = takes_numpy(colberter.gate_sparsity)
+colberter = compiled(colberter, leave=("warm_start",))
+pool_words = colberter.pool_words
+stopword_gate = colberter.stopword_gate
+gate_sparsity = colberter.gate_sparsity
 BIG = 2**32 - 1
 SIZES = {"hidden_dim": 6, "cls_dim": 5, "token_dim": 4}
 
@@ -80,7 +83,7 @@ def test_gradient_of_a_token_is_shared_by_its_word():
   def total(x):
     return jnp.sum(pool_words(x, ids, unique)[0] * weights)
 
-  got = jax.grad(total)(jnp.asarray(x))
+  got = np.asarray(jax.jit(jax.grad(total))(x))
   for i, n in np.ndindex(ids.shape):
     want = np.zeros(4)
     if ids[i, n]:
@@ -116,8 +119,8 @@ def test_gate_equals_its_formula_and_closes():
   def total(vectors, weight, bias):
     return stopword_gate(vectors, weight, bias, mask)[0].sum()
 
-  got = jax.grad(total, argnums=(0, 1, 2))(*map(jnp.asarray, (
-    vectors, weight, bias)))  # fmt: skip
+  gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+  got = jax.device_get(gradient(vectors, weight, bias))
   # d/dv of (w.v + b) (v0 + v1) = w (v0 + v1) + (w.v + b)
   np.testing.assert_allclose(got[0][0], [[6, 4.5], [0, 0], [0, 0]])
   np.testing.assert_allclose(got[1], [3, 6])  # v (v0 + v1)
@@ -125,8 +128,9 @@ def test_gate_equals_its_formula_and_closes():
 
 
 def test_gate_keeps_the_dtype_and_can_do_without_a_mask():
-  vectors = jnp.ones((2, 3, 4), jnp.bfloat16)
-  scaled, gates = stopword_gate(vectors, jnp.ones(4), jnp.ones(()))
+  vectors = np.ones((2, 3, 4), jnp.bfloat16)
+  weight, bias = np.ones(4, np.float32), np.ones((), np.float32)
+  scaled, gates = stopword_gate(vectors, weight, bias)
   assert scaled.dtype == jnp.bfloat16 and gates.dtype == jnp.float32
   np.testing.assert_array_equal(gates, 5)
 
@@ -136,26 +140,26 @@ def test_sparsity_is_the_mean_over_all_words_of_the_batch():
   mask = np.isfinite(gates)
   assert float(gate_sparsity(gates, mask)) == 3
   assert float(gate_sparsity(gates, np.zeros_like(mask))) == 0
-  got = jax.grad(lambda g: gate_sparsity(g, mask))(jnp.asarray(gates))
+  got = jax.jit(jax.grad(lambda g: gate_sparsity(g, mask)))(gates)
   np.testing.assert_allclose(got, mask / 3, rtol=1e-6)
 
 
 def passage(gate):
   """A text of two words: product -1 with the query, and the gate's times 5."""
   return Bags(
-    cls=jnp.zeros((1, 1)),
-    words=jnp.array([[[-1.0], [5.0 * gate]]]),
-    mask=jnp.ones((1, 2), bool),
-    word_ids=jnp.array([[1, 2]], jnp.uint32),
-    gates=jnp.array([[1.0, gate]]),
+    cls=np.zeros((1, 1), np.float32),
+    words=np.float32([[[-1.0], [5.0 * gate]]]),
+    mask=np.ones((1, 2), bool),
+    word_ids=np.uint32([[1, 2]]),
+    gates=np.float32([[1.0, gate]]),
   )
 
 
 def token_score(query_word, bags):
-  cls, mask = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
-  return colberter.score(
-    cls, jnp.full((1, 1, 1), query_word), mask, *bags[:3], jnp.zeros(())
-  ).token_scores.item()
+  cls, mask = np.zeros((1, 1), np.float32), np.ones((1, 1), bool)
+  word, fusion = np.full((1, 1, 1), query_word, "f"), np.zeros((), "f")
+  found = colberter.score(cls, word, mask, *bags[:3], fusion)
+  return found.token_scores.item()
 
 
 def test_a_closed_gate_is_not_the_absence_of_the_word():
@@ -186,12 +190,25 @@ def hidden_states(seed=0, batch=2, num_tokens=6, num_words=3):
   unique = np.zeros((batch, num_words + 2), np.uint32)
   unique[:, :num_words] = 10 + np.arange(num_words)
   hidden[~mask] = np.nan
-  return tuple(map(jnp.asarray, (hidden, mask, words, unique)))
+  return hidden, mask, words, unique
+
+
+@functools.cache
+def made(config, seed=0):
+  return jax.jit(lambda: ColberterHead(config, rngs=nnx.Rngs(seed)))()
 
 
 def make_head(stage=3, seed=0, **changes):
   config = ColberterConfig.stage(stage, **SIZES, **changes)
-  return ColberterHead(config, rngs=nnx.Rngs(seed))
+  return jax.tree.map(lambda x: x, made(config, seed))  # to be changed
+
+
+def queries_of(head, *inputs):
+  return jax.device_get(run(ColberterHead.queries, head, *inputs))
+
+
+def passages_of(head, *inputs):
+  return jax.device_get(run(ColberterHead.passages, head, *inputs))
 
 
 def affine(layer, x):
@@ -200,15 +217,14 @@ def affine(layer, x):
 
 def test_distinct_words_and_open_gates_give_maxsim_of_the_tokens():
   head = make_head()
-  head.gate.kernel[...] = jnp.zeros((4, 1))  # the bias of 1 is all
+  head.gate.kernel[...] = np.zeros((4, 1), np.float32)  # the bias of 1 is all
   inputs = hidden_states(0), hidden_states(1)
-  query, document = head.queries(*inputs[0]), head.passages(*inputs[1])
+  query, document = queries_of(head, *inputs[0]), passages_of(head, *inputs[1])
   np.testing.assert_array_equal(document.gates, document.mask)
   got = colberter.score(*query[:3], *document[:3], head.fusion[...])
-  raw = [
-    jnp.asarray(affine(head.tokens, hidden[:, 1:4])) for hidden, *_ in inputs
-  ]
-  np.testing.assert_allclose(got.token_scores, maxsim(*raw), rtol=1e-5)
+  got = jax.device_get(got)
+  raw = [affine(head.tokens, hidden[:, 1:4]) for hidden, *_ in inputs]
+  np.testing.assert_allclose(got.token_scores, run(maxsim, *raw), rtol=1e-5)
   cls = [affine(head.cls, hidden[:, 0]) for hidden, *_ in inputs]
   np.testing.assert_allclose(got.cls_scores, cls[0] @ cls[1].T, rtol=1e-5)
   mean = (got.cls_scores + got.token_scores) / 2  # fusion starts at 0
@@ -219,9 +235,9 @@ def test_the_gate_comes_before_the_last_layer_and_not_to_queries():
   head = make_head(4, compressed_dim=2)
   inputs = hidden_states(3)
   tokens = affine(head.tokens, inputs[0][:, 1:4])
-  gates = jax.nn.relu(affine(head.gate, tokens))
+  gates = np.maximum(affine(head.gate, tokens), 0)
   assert 0 < (gates > 0).sum()
-  passages, queries = head.passages(*inputs), head.queries(*inputs)
+  passages, queries = passages_of(head, *inputs), queries_of(head, *inputs)
   want = affine(head.compress, gates * tokens)
   np.testing.assert_allclose(passages.words[:, :3], want, rtol=1e-5, atol=1e-6)
   want = affine(head.compress, tokens)
@@ -236,8 +252,8 @@ def test_the_gate_comes_before_the_last_layer_and_not_to_queries():
 def test_without_words_every_token_counts_special_ones_too():
   head = make_head(1)
   hidden, mask, words, _ = hidden_states()
-  bags = head.passages(hidden, mask, words)
-  want = jnp.where(mask[..., None], affine(head.tokens, hidden), 0)
+  bags = passages_of(head, hidden, mask, words)
+  want = np.where(mask[..., None], affine(head.tokens, hidden), 0)
   np.testing.assert_allclose(bags.words, want, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(bags.mask, mask)
   np.testing.assert_array_equal(bags.word_ids, words)
@@ -248,8 +264,8 @@ def test_without_words_every_token_counts_special_ones_too():
 def test_padding_has_no_influence_and_no_gradient(stage):
   head = make_head(stage)
   hidden, mask, *words = hidden_states()
-  clean = jnp.where(mask[..., None], hidden, 7.0)
-  got, want = (head.passages(h, mask, *words) for h in (hidden, clean))
+  clean = np.where(mask[..., None], hidden, np.float32(7))
+  got, want = (passages_of(head, h, mask, *words) for h in (hidden, clean))
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
   def total(head, hidden):
@@ -258,6 +274,7 @@ def test_padding_has_no_influence_and_no_gradient(stage):
 
   for_head, for_hidden = jax.jit(jax.grad(total, argnums=(0, 1)))(head, hidden)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(for_head))
+  for_hidden = np.asarray(for_hidden)
   np.testing.assert_array_equal(for_hidden[~mask], 0)
   assert np.abs(for_hidden[mask]).min(axis=1).max() > 0
 
@@ -265,9 +282,9 @@ def test_padding_has_no_influence_and_no_gradient(stage):
 def test_nothing_is_normalised():
   head = make_head(2)
   for layer in (head.cls, head.tokens):
-    layer.bias[...] = jnp.zeros_like(layer.bias[...])
+    layer.bias[...] = np.zeros(layer.bias.shape, np.float32)
   hidden, *rest = hidden_states()
-  one, two = head.queries(hidden, *rest), head.queries(2 * hidden, *rest)
+  one, two = (queries_of(head, x, *rest) for x in (hidden, 2 * hidden))
   np.testing.assert_allclose(two.words, 2 * one.words, rtol=1e-5)
   np.testing.assert_allclose(two.cls, 2 * one.cls, rtol=1e-5)
 
@@ -313,10 +330,10 @@ def test_sixteen_numbers_need_no_exact_match():
 
 def test_warm_start_copies_what_both_have():
   old = make_head(2, seed=0)
-  old.fusion[...] = jnp.float32(0.7)
+  old.fusion[...] = np.float32(0.7)
   config = ColberterConfig.stage(4, **SIZES)
   new = colberter.warm_start(old, config, rngs=nnx.Rngs(1))
-  fresh = ColberterHead(config, rngs=nnx.Rngs(1))
+  fresh = made(config, 1)
   for name, source in (("cls", old), ("tokens", old), ("fusion", old),
                        ("gate", fresh), ("compress", fresh)):  # fmt: skip
     for x, y in zip(
@@ -326,24 +343,25 @@ def test_warm_start_copies_what_both_have():
     ):
       np.testing.assert_array_equal(x, y)
   assert new.config == config
-  new.cls.bias[...] = jnp.ones(5)  # a copy: the old head stays as it is
-  assert (old.cls.bias[...] == 0).all()
+  # A copy: the old head stays as it is.
+  new.cls.bias[...] = np.ones(5, np.float32)
+  assert (np.asarray(old.cls.bias[...]) == 0).all()
   back = colberter.warm_start(new, old.config, rngs=nnx.Rngs(2))
   assert back.gate is None and back.compress is None
   np.testing.assert_array_equal(back.cls.bias[...], 1)
 
 
 def make_scores(scores, cls_scores):
-  scores, cls_scores = jnp.float32(scores), jnp.float32(cls_scores)
+  scores, cls_scores = np.float32(scores), np.float32(cls_scores)
   return colberter.Scores(scores, cls_scores, scores)
 
 
 def test_loss_worked_example():
-  gates = jnp.float32([[[1, 3], [5, 9]], [[2, 9], [1, 3]]])
-  mask = jnp.array([[[1, 1], [1, 0]], [[1, 0], [1, 1]]], bool)
+  gates = np.float32([[[1, 3], [5, 9]], [[2, 9], [1, 3]]])
+  mask = np.array([[[1, 1], [1, 0]], [[1, 0], [1, 1]]], bool)
   got = colberter.loss(
     make_scores([[3, 1], [0, 4]], [[1, 1], [1, 0]]),
-    jnp.float32([[1, 0], [2, 0]]),
+    np.float32([[1, 0], [2, 0]]),
     gates,
     mask,
     fused_weight=2.0,
@@ -357,9 +375,9 @@ def test_loss_worked_example():
 
 
 def test_loss_leaves_out_passages_without_words_of_the_token_scores():
-  mask = jnp.array([[[True], [True], [False]]])
-  gates = mask.astype(jnp.float32)
-  teacher = jnp.zeros((1, 3))
+  mask = np.array([[[True], [True], [False]]])
+  gates = mask.astype(np.float32)
+  teacher = np.zeros((1, 3), np.float32)
   got = colberter.loss(
     make_scores([[1, 0, -2000]], [[1, 0, 3]]), teacher, gates, mask
   )
@@ -370,7 +388,7 @@ def test_training_lowers_the_loss_and_closes_gates():
   head = make_head(3)
   query = hidden_states(0, batch=4)
   lists = hidden_states(1, batch=8)
-  teacher = jnp.tile(jnp.array([[2.0, 0.0]]), (4, 1))
+  teacher = np.tile(np.float32([[2.0, 0.0]]), (4, 1))
   optimizer = optax.adam(0.03)
 
   def loss_fn(head):
@@ -392,7 +410,7 @@ def test_training_lowers_the_loss_and_closes_gates():
     updates, state = optimizer.update(gradient, state, head)
     return optax.apply_updates(head, updates), state, parts
 
-  state = optimizer.init(head)
+  state = jax.jit(optimizer.init)(head)
   history = []
   for _ in range(60):
     head, state, parts = step(head, state)

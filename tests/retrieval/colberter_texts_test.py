@@ -1,6 +1,7 @@
 """Texts to packed bags of words, and the rankings made of them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import tokenizers
 from flax import nnx
 from tokenizers import models, pre_tokenizers, processors
 
+from tests.compiled import run
 from tokjax.retrieval import colberter, colberter_texts, token_index
 from tokjax.retrieval import words as whole_words
 from tokjax.retrieval.colberter import ColberterConfig, ColberterHead
@@ -58,13 +60,19 @@ def bag_encoder(ids, attention_mask):
   return jnp.concatenate([own, jnp.broadcast_to(mean, own.shape)], axis=-1)
 
 
+@functools.cache
+def made(config, seed):
+  return jax.jit(lambda: ColberterHead(config, rngs=nnx.Rngs(seed)))()
+
+
 def make_head(stage=3, seed=0, **changes):
   config = ColberterConfig.stage(stage, **(SIZES | changes))
-  head = ColberterHead(config, rngs=nnx.Rngs(seed))
+  head = jax.tree.map(lambda x: x, made(config, seed))  # to be changed
   if head.gate is not None:  # some gates shall be closed
-    kernel = head.gate.kernel[...]
-    head.gate.kernel[...] = kernel * (4 / jnp.abs(kernel).sum())
-    head.gate.bias[...] = jnp.full((1,), 0.1)
+    kernel = np.asarray(head.gate.kernel[...])
+    kernel = kernel * (4 / np.abs(kernel).sum())
+    head.gate.kernel[...] = jnp.asarray(kernel)
+    head.gate.bias[...] = jnp.asarray(np.float32([0.1]))
   return head
 
 
@@ -74,13 +82,17 @@ def encode(texts, tokenizer, head, **settings):
   )
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def bags_of(head, side, ids, *rest):
+  return getattr(head, side)(bag_encoder(ids, rest[0]), *rest)
+
+
 def one_by_one(texts, tokenizer, head, side, length):
   """(cls, vectors, word ids) of each text from its own padded arrays."""
   for text in texts:
     row = whole_words.word_ids([text], tokenizer, length=length, num_words=16)
-    ids, *rest = map(jnp.asarray, row[:4])
-    hidden = bag_encoder(ids, rest[0])
-    bags = jax.tree.map(lambda x: x[0], getattr(head, side)(hidden, *rest))
+    bags = jax.device_get(bags_of(head, side, *row[:4]))
+    bags = jax.tree.map(lambda x: x[0], bags)
     keep = bags.mask & (bags.gates > 0)
     yield bags.cls, bags.words[keep], bags.word_ids[keep]
 
@@ -200,14 +212,14 @@ def all_scores(head, queries, documents):
   num_documents = len(documents.documents.offsets) - 1
   every = np.arange(num_documents)[None]
   chosen = colberter_texts.select_documents(documents, every)
-  cls, words, mask, ids = (jnp.asarray(x[0]) for x in chosen)
+  cls, words, mask, ids = (x[0] for x in chosen)
   encoded, query_ids = queries
-  exact = head.config.exact_match
-  return colberter.score(
-    jnp.asarray(encoded.pooled), jnp.asarray(encoded.tokens),
-    jnp.asarray(encoded.mask), cls, words, mask, head.fusion[...],
-    *((jnp.asarray(query_ids), ids) if exact else ()),
+  found = run(
+    colberter.score, encoded.pooled, encoded.tokens, encoded.mask, cls, words,
+    mask, head.fusion[...],
+    *((query_ids, ids) if head.config.exact_match else ()),
   )  # fmt: skip
+  return jax.device_get(found)
 
 
 @pytest.mark.parametrize("num_candidates", [4, 9, 100])
@@ -217,17 +229,14 @@ def test_search_takes_candidates_by_cls_and_ranks_by_both(
   head, queries, documents, index = corpus(tokenizer, texts, 3)
   scores = all_scores(head, queries, documents)
   encoded = queries.queries
-  search = jax.jit(
-    colberter_texts.search_fused, static_argnames=("k", "num_candidates")
-  )
-  got = search(
-    index, jnp.asarray(encoded.tokens), jnp.asarray(encoded.mask),
-    jnp.asarray(encoded.pooled), head.fusion[...], k=3,
-    num_candidates=num_candidates,
+  got = run(
+    colberter_texts.search_fused, index, encoded.tokens, encoded.mask,
+    encoded.pooled, head.fusion[...], k=3, num_candidates=num_candidates,
   )  # fmt: skip
+  got = jax.device_get(got)
   for i in range(len(encoded.tokens)):
-    first = np.argsort(-np.asarray(scores.cls_scores[i]))[:num_candidates]
-    order = np.argsort(-np.asarray(scores.scores[i])[first], kind="stable")
+    first = np.argsort(-scores.cls_scores[i])[:num_candidates]
+    order = np.argsort(-scores.scores[i][first], kind="stable")
     best = first[order[:3]]
     np.testing.assert_allclose(
       got.scores[i], scores.scores[i][best], rtol=1e-4, atol=1e-4
@@ -245,10 +254,11 @@ def test_deleted_documents_are_never_returned(tokenizer, texts):
   live[[3, 11]] = True
   index = dataclasses.replace(index, live=jnp.asarray(live))
   encoded = queries.queries
-  got = colberter_texts.search_fused(
-    index, jnp.asarray(encoded.tokens), jnp.asarray(encoded.mask),
-    jnp.asarray(encoded.pooled), head.fusion[...], k=4,
+  got = run(
+    colberter_texts.search_fused, index, encoded.tokens, encoded.mask,
+    encoded.pooled, head.fusion[...], k=4,
   )  # fmt: skip
+  got = jax.device_get(got)
   for row, scores in zip(got.index.tolist(), got.scores, strict=True):
     assert sorted(row[:2]) == [3, 11] and row[2:] == [-1, -1]
     assert np.isfinite(scores[:2]).all() and (scores[2:] == -np.inf).all()
@@ -262,13 +272,13 @@ def test_selected_documents_are_scored_with_exact_match(tokenizer, texts):
   positions = random.integers(0, len(texts), (5, 6))
   chosen = colberter_texts.select_documents(documents, positions)
   encoded = queries.queries
-  cls, words, mask, ids = map(jnp.asarray, chosen)
-  got = colberter.score_pairs(
-    jnp.asarray(encoded.pooled), jnp.asarray(encoded.tokens),
-    jnp.asarray(encoded.mask), cls, words, mask, head.fusion[...],
-    jnp.asarray(queries.word_ids), ids,
+  cls, words, mask, ids = chosen
+  got = run(
+    colberter.score_pairs, encoded.pooled, encoded.tokens, encoded.mask, cls,
+    words, mask, head.fusion[...], queries.word_ids, ids,
   )  # fmt: skip
-  want = np.take_along_axis(np.asarray(scores.scores), positions, axis=1)
+  got = jax.device_get(got)
+  want = np.take_along_axis(scores.scores, positions, axis=1)
   np.testing.assert_allclose(got.scores, want, rtol=1e-5, atol=1e-5)
   assert (got.token_scores == 0).any() and (got.token_scores > 0).any()
 

@@ -6,21 +6,29 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from tests.compiled import compiled
 from tokjax.kernels import maxsim
 from tokjax.retrieval import crisp, token_index
 
-X = jnp.array([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]]])
-Q = jnp.array([[[0.8, 0.6], [0.0, 1.0]]])
-X_MASK, Q_MASK = jnp.ones((1, 4), bool), jnp.ones((1, 2), bool)
+crisp = compiled(crisp, leave=("cluster", "cluster_packed"))
+maxsim = compiled(maxsim)
+
+X = np.float32([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]]])
+Q = np.float32([[[0.8, 0.6], [0.0, 1.0]]])
+X_MASK, Q_MASK = np.ones((1, 4), bool), np.ones((1, 2), bool)
 C2 = crisp.CrispConfig(query_ratio=1.0, document_clusters=2)
 
 
 def example(seed=0, batch=4, num_tokens=12, dim=5):
   rng = np.random.default_rng(seed)
-  x = jnp.asarray(rng.normal(size=(batch, num_tokens, dim)), jnp.float32)
-  return x, jnp.asarray(rng.random((batch, num_tokens)) < 0.7).at[:, 0].set(
-    True
-  )
+  x = rng.normal(size=(batch, num_tokens, dim)).astype(np.float32)
+  mask = rng.random((batch, num_tokens)) < 0.7
+  mask[:, 0] = True
+  return x, mask
+
+
+def cluster(*args, **settings):
+  return jax.device_get(crisp.cluster(*args, **settings))
 
 
 def lloyd(tokens, num_clusters, num_iterations):
@@ -47,8 +55,8 @@ def lloyd(tokens, num_clusters, num_iterations):
 
 @pytest.mark.parametrize("num_iterations", [0, 1, 10])
 def test_equals_lloyd_on_each_text(num_iterations):
-  x, mask = example()
-  found = crisp.cluster(x, mask, num_clusters=3, num_iterations=num_iterations)
+  x, mask = example(2, num_tokens=40)  # the first steps move some token
+  found = cluster(x, mask, num_clusters=3, num_iterations=num_iterations)
   for i in range(len(x)):
     want = lloyd(x[i][mask[i]], 3, num_iterations)
     np.testing.assert_allclose(
@@ -57,7 +65,7 @@ def test_equals_lloyd_on_each_text(num_iterations):
 
 
 def test_worked_example():
-  found = crisp.cluster(X, X_MASK, num_clusters=2)
+  found = cluster(X, X_MASK, num_clusters=2)
   np.testing.assert_allclose(
     found.means[0], [[0.9, 0.3], [-0.3, 0.9]], atol=1e-6
   )
@@ -70,7 +78,7 @@ def test_worked_example():
 @pytest.mark.parametrize("budget", [{"num_clusters": 50}, {"ratio": 1.0}])
 def test_with_room_for_all_the_tokens_stay(budget):
   x, mask = example()
-  found = crisp.cluster(x, mask, **budget)
+  found = cluster(x, mask, **budget)
   assert found.means.shape == x.shape
   for i in range(len(x)):
     np.testing.assert_array_equal(found.means[i][found.mask[i]], x[i][mask[i]])
@@ -104,24 +112,24 @@ def test_one_cluster_each_is_the_product_of_means():
 )
 def test_ratio_counts_valid_tokens_only(rounding, want):
   # 0.29 * 100 is 28.999999999999996 in binary; 29 of 100 is what was asked.
-  lengths = jnp.array([1, 2, 4, 9, 100])
-  mask = jnp.arange(100)[None, :] < lengths[:, None]
-  x = jax.random.normal(jax.random.key(0), (5, 100, 3))
-  found = crisp.cluster(x, mask, ratio=0.29, rounding=rounding)
+  lengths = np.array([1, 2, 4, 9, 100])
+  mask = np.arange(100) < lengths[:, None]
+  x = np.random.default_rng(0).normal(size=(5, 100, 3)).astype(np.float32)
+  found = cluster(x, mask, ratio=0.29, rounding=rounding)
   assert found.means.shape == (5, 29, 3)
   np.testing.assert_array_equal(found.mask.sum(axis=1), want)
-  poisoned = jnp.where(mask[..., None], x, jnp.nan)
+  poisoned = np.where(mask[..., None], x, np.nan)
   again = crisp.cluster(poisoned, mask, ratio=0.29, rounding=rounding)
   np.testing.assert_array_equal(again.means, found.means)
 
 
 def test_ratio_does_not_depend_on_padding():
   x, mask = example(num_tokens=10)
-  want = crisp.cluster(x, mask, ratio=0.5)
+  want = cluster(x, mask, ratio=0.5)
   padding = [(0, 0), (0, 7)]
-  got = crisp.cluster(
-    jnp.pad(x, [*padding, (0, 0)], constant_values=jnp.nan),
-    jnp.pad(mask, padding),
+  got = cluster(
+    np.pad(x, [*padding, (0, 0)], constant_values=np.nan),
+    np.pad(mask, padding),
     ratio=0.5,
   )
   assert want.means.shape == (4, 5, 5) and got.means.shape == (4, 9, 5)
@@ -134,22 +142,23 @@ def test_ratio_does_not_depend_on_padding():
 def test_ratio_that_fills_the_slots_still_clusters():
   # ceil(0.9 * 5) slots for 5 tokens, but only 4 clusters. They start from all
   # tokens but 8, which joins 10; then 10 is nearer to 10.5.
-  x = jnp.array([0.0, 10.0, 8.0, 10.5, 20.0])[None, :, None]
-  found = crisp.cluster(x, jnp.ones((1, 5), bool), ratio=0.9)
+  x = np.float32([0.0, 10.0, 8.0, 10.5, 20.0])[None, :, None]
+  found = cluster(x, np.ones((1, 5), bool), ratio=0.9)
   assert found.means.shape == (1, 5, 1)
   np.testing.assert_allclose(found.means[0, :4, 0], [0.0, 8.0, 10.25, 20.0])
   np.testing.assert_array_equal(found.mask[0], [True] * 4 + [False])
 
 
 def test_gradient_of_a_mean_is_shared_by_its_members():
-  mask = jnp.array([[True, True, True, False]])
+  mask = np.array([[True, True, True, False]])
 
   def means(x):
     return crisp.cluster(x[None], mask, num_clusters=2).means[0]
 
-  x = X[0].at[3].set(jnp.nan)
-  found = crisp.cluster(x[None], mask, num_clusters=2)
-  jacobian = jax.jacobian(means)(x)  # [K, D, N, D]
+  x = X[0].copy()
+  x[3] = np.nan
+  found = cluster(x[None], mask, num_clusters=2)
+  jacobian = np.asarray(jax.jit(jax.jacobian(means))(x))  # [K, D, N, D]
   for k in range(2):
     for n in range(4):
       member = int(found.assignment[0, n]) == k
@@ -164,7 +173,7 @@ def test_gradient_of_the_score():
   check_grads(jax.jit(total), (Q, X), order=1, modes=["rev"], eps=1e-3)
   # Each query token meets one mean, of two tokens: losers of the plain MaxSim
   # learn as well.
-  gradient = jax.grad(total, 1)(Q, X)[0]
+  gradient = jax.jit(jax.grad(total, 1))(Q, X)[0]
   want = [[0.4, 0.3], [0.4, 0.3], [0.0, 0.5], [0.0, 0.5]]
   np.testing.assert_allclose(gradient, want, atol=1e-6)
 
@@ -177,12 +186,11 @@ def test_order_does_not_matter_to_well_separated_groups():
   ).astype(np.float32)
   q, q_mask = example(3, dim=6)
   config = crisp.CrispConfig(query_clusters=2, document_clusters=4)
-  mask = jnp.ones((1, 20), bool)
+  mask = np.ones((1, 20), bool)
   order = rng.permutation(5)  # within each group: the starts stay in theirs
   shuffled = tokens.reshape(4, 5, 6)[:, order].reshape(20, 6)
   want, got = (
-    crisp.score(q, jnp.asarray(t)[None], q_mask, mask, config)
-    for t in (tokens, shuffled)
+    crisp.score(q, t[None], q_mask, mask, config) for t in (tokens, shuffled)
   )
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
@@ -190,38 +198,36 @@ def test_order_does_not_matter_to_well_separated_groups():
 def test_identical_groups_are_exact():
   rng = np.random.default_rng(0)
   distinct = rng.normal(size=(3, 5)).astype(np.float32)
-  x = jnp.asarray(np.repeat(distinct, 4, axis=0))[None]
-  found = crisp.cluster(x, jnp.ones((1, 12), bool), num_clusters=3)
+  x = np.repeat(distinct, 4, axis=0)[None]
+  found = cluster(x, np.ones((1, 12), bool), num_clusters=3)
   np.testing.assert_allclose(found.means[0], distinct, rtol=1e-6)
   np.testing.assert_array_equal(found.counts[0], [4, 4, 4])
 
 
 def test_empty_clusters_do_not_win_over_negative_products():
-  x = -jnp.ones((1, 6, 2))  # six equal tokens: one cluster takes them all
-  q = jnp.ones((1, 1, 2))
+  x = -np.ones((1, 6, 2), "f")  # six equal tokens: one cluster takes them all
+  q = np.ones((1, 1, 2), "f")
   config = crisp.CrispConfig(query_clusters=1, document_clusters=3)
-  found = crisp.cluster(x, jnp.ones((1, 6), bool), num_clusters=3)
+  found = cluster(x, np.ones((1, 6), bool), num_clusters=3)
   np.testing.assert_array_equal(found.mask[0], [True, False, False])
-  got = crisp.score(
-    q, x, jnp.ones((1, 1), bool), jnp.ones((1, 6), bool), config
-  )
+  got = crisp.score(q, x, np.ones((1, 1), bool), np.ones((1, 6), bool), config)
   np.testing.assert_allclose(got, [[-2.0]])
 
 
 def test_text_without_tokens():
   x, mask = example()
-  mask = mask.at[1].set(False)
-  found = crisp.cluster(x, mask, ratio=0.5)
+  mask[1] = False
+  found = cluster(x, mask, ratio=0.5)
   assert not np.any(found.mask[1]) and not np.any(found.means[1])
-  scores = crisp.score(
-    x, x, mask, mask, crisp.CrispConfig(**crisp.PRESETS["C50"])
+  scores = np.asarray(
+    crisp.score(x, x, mask, mask, crisp.CrispConfig(**crisp.PRESETS["C50"]))
   )
   assert not np.any(scores[1, :1]) and scores[0, 1] == maxsim.EMPTY_SCORE
 
 
 def test_renormalized_means_have_unit_length():
   x, mask = example()
-  raw = crisp.cluster(x, mask, num_clusters=3)
+  raw = cluster(x, mask, num_clusters=3)
   unit = crisp.cluster(x, mask, num_clusters=3, renormalize=True)
   length = np.linalg.norm(raw.means, axis=-1, keepdims=True)
   want = np.asarray(raw.means) / np.where(length > 0, length, 1)
@@ -231,14 +237,14 @@ def test_renormalized_means_have_unit_length():
 def test_random_start_is_a_fixed_point_and_depends_on_the_key():
   x, mask = example(batch=2, num_tokens=40, dim=3)
   one, two = (
-    crisp.cluster(
+    cluster(
       x, mask, num_clusters=4, num_iterations=40, key=jax.random.key(seed)
     )
     for seed in (0, 1)
   )
   assert not np.array_equal(one.assignment, two.assignment)
   for i in range(2):
-    tokens, means = np.asarray(x[i][mask[i]]), np.asarray(one.means[i])
+    tokens, means = x[i][mask[i]], one.means[i]
     distance = np.square(tokens[:, None] - means).sum(axis=-1)
     np.testing.assert_array_equal(
       distance.argmin(axis=1), one.assignment[i][mask[i]]
@@ -291,23 +297,6 @@ def test_packed_equals_each_document_alone(name):
     )
 
 
-def test_packed_compiles_one_program_per_shape():
-  tokens = np.random.default_rng(0).normal(size=(320, 3)).astype(np.float32)
-  config = crisp.CrispConfig(document_clusters=2, num_iterations=3)
-  jax.clear_caches()  # a full cache drops what it counts
-  before = crisp.cluster._cache_size()
-  for length in (8, 7, 5):
-    crisp.cluster_packed(
-      tokens[: 32 * length],
-      np.arange(33) * length,
-      config,
-      bucket=8,
-      batch_tokens=64,
-    )
-  # 8 documents of 8 padded tokens each time.
-  assert crisp.cluster._cache_size() - before == 1
-
-
 def test_packed_means_go_into_the_index():
   rng = np.random.default_rng(0)
   lengths = np.array([20, 3, 31])
@@ -353,3 +342,20 @@ def test_errors():
     crisp.cluster_documents(x, mask, config)
   with pytest.raises(ValueError, match="offsets must ascend from 0"):
     crisp.cluster_packed(np.zeros((3, 2)), np.array([0, 2]), C2)
+
+
+def test_packed_compiles_one_program_per_shape():
+  tokens = np.random.default_rng(0).normal(size=(320, 3)).astype(np.float32)
+  config = crisp.CrispConfig(document_clusters=2, num_iterations=3)
+  jax.clear_caches()  # a full cache drops what it counts
+  before = crisp.cluster._cache_size()
+  for length in (8, 7, 5):
+    crisp.cluster_packed(
+      tokens[: 32 * length],
+      np.arange(33) * length,
+      config,
+      bucket=8,
+      batch_tokens=64,
+    )
+  # 8 documents of 8 padded tokens each time.
+  assert crisp.cluster._cache_size() - before == 1

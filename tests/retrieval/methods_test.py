@@ -1,5 +1,6 @@
 """Each method through the one door gives what its own functions give."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
+from tests.compiled import run
 from tokjax.retrieval import (
   colbert,
   colberter,
@@ -77,13 +79,18 @@ def questions():
   ]
 
 
+@functools.cache
+def made(config):
+  return jax.jit(lambda: colberter.ColberterHead(config, rngs=nnx.Rngs(0)))()
+
+
 def make(tokenizer, name, **changes):
   head = None
   if name == "colberter":
     config = colberter.ColberterConfig(
       hidden_dim=6, cls_dim=5, token_dim=4, **changes
     )
-    head = colberter.ColberterHead(config, rngs=nnx.Rngs(0))
+    head = made(config)
   config = colbert.ColbertConfig.zero_shot(16)
   return Model(tokenizer, encoder, head, config, METHODS[name])
 
@@ -105,9 +112,10 @@ def direct(name, tokenizer, texts, questions, k):
       texts, *parts, progress=False
     ).documents
     queries = colberter_texts.encode_queries(questions, *parts).queries
-    return documents, colberter_texts.search_fused(
+    return documents, run(
+      colberter_texts.search_fused,
       built(documents, "cls"),
-      *map(jnp.asarray, queries[:3]),
+      *queries[:3],
       model.head.fusion[...],
       k=k,
       num_candidates=9,
@@ -116,16 +124,16 @@ def direct(name, tokenizer, texts, questions, k):
     texts, *parts, model.config, progress=False
   )
   queries = colbert.encode_queries(questions, *parts, model.config)
-  tokens, mask = map(jnp.asarray, queries[:2])
+  tokens, mask = queries[:2]
   if name == "crisp":
     means, offsets = crisp.cluster_packed(
       documents.tokens, documents.offsets, MEANS
     )
     documents = documents._replace(tokens=means, offsets=offsets)
-    tokens, mask, *_ = crisp.cluster_queries(tokens, mask, MEANS)
+    tokens, mask, *_ = run(crisp.cluster_queries, tokens, mask, MEANS)
   find = xtr.search if name == "xtr" else search.search
   settings = {"k_prime": 9} if name == "xtr" else {}
-  return documents, find(built(documents), tokens, mask, k=k, **settings)
+  return documents, run(find, built(documents), tokens, mask, k=k, **settings)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -164,7 +172,8 @@ def test_colberter_over_all_documents_scores_each(tokenizer, texts, questions):
   got = methods.search(
     built(documents, "cls"), queries, model, mode="exact", k=len(texts)
   )
-  weight = jax.nn.sigmoid(model.head.fusion[...])
+  weight = float(run(jax.nn.sigmoid, model.head.fusion[...]))
+  got = jax.device_get(got)
   for i, query in enumerate(queries.tokens):
     for place, score in zip(got.index[i], got.scores[i], strict=True):
       first, last = documents.offsets[place : place + 2]
@@ -252,11 +261,11 @@ def test_equal_words_are_searched_as_the_model_scores_them(
     colberter_texts.EncodedDocuments(documents, documents.word_ids),
     np.arange(len(texts))[None],
   )
-  cls, words, mask, ids = (jnp.asarray(x[0]) for x in chosen)
-  tokens, query_mask, pooled, query_ids = map(jnp.asarray, queries)
-  want = colberter.score(
-    pooled, tokens, query_mask, cls, words, mask, model.head.fusion[...],
-    query_ids, ids,
+  cls, words, mask, ids = (x[0] for x in chosen)
+  tokens, query_mask, pooled, query_ids = queries
+  want = run(
+    colberter.score, pooled, tokens, query_mask, cls, words, mask,
+    model.head.fusion[...], query_ids, ids,
   )  # fmt: skip
   number = len(texts) if mode == "exact" else 9
   first = np.argsort(-np.asarray(want.cls_scores), axis=1)[:, :number]

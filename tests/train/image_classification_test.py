@@ -28,9 +28,10 @@ MODEL = VitConfig(
 )
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
   """Ten flat colours with noise, one a class."""
+  folder = tmp_path_factory.mktemp("data")
   rng = np.random.default_rng(0)
   colours = np.array([*np.ndindex(2, 2, 2), (0.5, 0.5, 0.5), (0, 0.5, 1)])
   colours = 40 + 170 * colours
@@ -40,10 +41,10 @@ def run(tmp_path):
     noise = rng.normal(0, 10, (count, 32, 32, 3))
     x = np.clip(colours[labels][:, None, None] + noise, 0, 255)
     arrays |= {f"{name}_x": x.astype(np.uint8), f"{name}_y": labels}
-  np.savez(tmp_path / "cifar10.npz", **arrays)
+  np.savez(folder / "cifar10.npz", **arrays)
   return ImageRun(
     model=MODEL,
-    data=str(tmp_path),
+    data=str(folder),
     batch_size=16,
     shift=1,
     trainer=TrainConfig(
@@ -60,8 +61,13 @@ def with_trainer(run, **changes):
   )
 
 
-def test_learns_ten_colours(run):
-  model, trained = image_classification.train(run)
+@pytest.fixture(scope="module")
+def learned(run):
+  return image_classification.train(run)
+
+
+def test_learns_ten_colours(run, learned):
+  model, trained = learned
   assert trained.metrics["accuracy"] > 0.9
   _, test = cifar10.load(run.data)
   found = image_classification.accuracy(model, test, batch_size=7)
@@ -111,7 +117,9 @@ def test_loss_is_smoothed_cross_entropy(smoothing):
   labels = rng.integers(0, 4, 6)
   batch = {"images": np.zeros((6, 1, 1, 3), np.uint8), "labels": labels}
   loss_fn = image_classification.make_loss(label_smoothing=smoothing)
-  loss, metrics = loss_fn(fixed_logits(logits), batch, jax.random.key(0))
+  loss, metrics = jax.jit(
+    lambda batch, key: loss_fn(fixed_logits(logits), batch, key)
+  )(batch, jax.random.key(0))
   want = 0.0
   for row, label in zip(logits.astype(float), labels, strict=True):
     total = math.log(sum(math.exp(x) for x in row))
@@ -125,7 +133,7 @@ def test_loss_is_smoothed_cross_entropy(smoothing):
 
 def test_pixels_are_minus_one_to_one():
   raw = np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3)
-  got = image_classification.pixels(raw)
+  got = jax.jit(image_classification.pixels)(raw)
   np.testing.assert_allclose(got[0, 0, 0], [-1, -0.6, 1], atol=1e-6)
 
 
@@ -155,8 +163,8 @@ def _reduced(model, x):
   return model(x, reductions=(Reduction(_first_tokens, (0,)),))
 
 
-def test_accuracy_of_a_model_that_is_reduced(run):
-  model, _ = image_classification.train(with_trainer(run, num_steps=30))
+def test_accuracy_of_a_model_that_is_reduced(run, learned):
+  model, _ = learned
   _, test = cifar10.load(run.data)
   found = image_classification.accuracy(model, test, predict=_reduced)
   assert 0.3 < found <= 1

@@ -1,6 +1,7 @@
 """A retriever learns a tiny corpus by heart, whole or its upper part."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.cli.conftest import beir, model  # noqa: F401
+from tests.cli.conftest import write_beir, write_model
+from tests.compiled import run as call
 from tokjax.data import batches
 from tokjax.eval import runs
 from tokjax.kernels import maxsim
@@ -21,12 +23,13 @@ from tokjax.train.optimizer import OptimizerConfig
 from tokjax.train.retrieval_run import DataConfig, RetrievalRun
 
 
-@pytest.fixture
-def run(beir, model):  # noqa: F811
-  folder = f"{beir}/qrels"
-  shutil.copy(f"{folder}/test.tsv", f"{folder}/train.tsv")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  beir = write_beir(folder / "beir")
+  shutil.copy(f"{beir}/qrels/test.tsv", f"{beir}/qrels/train.tsv")
   return RetrievalRun(
-    model=model,
+    model=write_model(folder / "model"),
     document_length=8,
     query_length=4,
     head=heads.HeadConfig(input_dim=32, output_dim=16),
@@ -68,37 +71,51 @@ def mean_reciprocal_rank(run, checkpoint):
   return runs.evaluate(found, qrels, ("MRR@10",))["MRR@10"]
 
 
-@pytest.mark.parametrize("frozen_layers", [0, 1])
-def test_learns_its_training_queries(run, frozen_layers):
-  size = width(run.model)
-  head = dataclasses.replace(run.head, input_dim=size)
-  run = dataclasses.replace(run, frozen_layers=frozen_layers, head=head)
-  start, _ = retrieval_run.train(
-    dataclasses.replace(
-      run, trainer=dataclasses.replace(run.trainer, num_steps=1)
+@pytest.fixture(scope="module")
+def learned(run):
+  """Of a number of frozen layers: what was prepared, and what became of it."""
+
+  @functools.cache
+  def learn(frozen_layers):
+    head = dataclasses.replace(run.head, input_dim=width(run.model))
+    trainer = dataclasses.replace(run.trainer, evaluate_every=1)
+    whole = dataclasses.replace(
+      run, frozen_layers=frozen_layers, head=head, trainer=trainer
     )
-  )
-  done, trained = retrieval_run.train(run)
-  before, after = (mean_reciprocal_rank(run, x) for x in (start, done))
+    prepared = retrieval_run.prepare(whole, progress=False)
+    quality = []
+
+    def evaluate(checkpoint, step):
+      if step in (1, 60):
+        quality.append(mean_reciprocal_rank(run, checkpoint))
+      return {}
+
+    done, trained = retrieval_run.train(whole, prepared, evaluate=evaluate)
+    return prepared, done, trained, quality
+
+  return learn
+
+
+@pytest.mark.parametrize("frozen_layers", [0, 1])
+def test_learns_its_training_queries(learned, frozen_layers):
+  _, _, trained, (before, after) = learned(frozen_layers)
   assert after > before and after > 0.85
   assert int(trained.state.step) == 60 and not trained.preempted
 
 
-def test_frozen_blocks_stay_as_they_were(run):
-  head = dataclasses.replace(run.head, input_dim=width(run.model))
-  run = dataclasses.replace(run, frozen_layers=1, head=head)
-  prepared = retrieval_run.prepare(run, progress=False)
-  done, trained = retrieval_run.train(run, prepared)
+def test_frozen_blocks_stay_as_they_were(learned):
+  prepared, done, trained, _ = learned(1)
   before, after = prepared.checkpoint.encoder, done.encoder
   np.testing.assert_array_equal(
     after.words.embedding[...], before.words.embedding[...]
   )
+  after_blocks, before_blocks = jax.device_get((after.blocks, before.blocks))
   for new, old in zip(
-    jax.tree.leaves(after.blocks), jax.tree.leaves(before.blocks), strict=True
+    jax.tree.leaves(after_blocks), jax.tree.leaves(before_blocks), strict=True
   ):
     np.testing.assert_array_equal(new[0], old[0])
   assert not np.array_equal(
-    after.blocks.up.kernel[...][1], before.blocks.up.kernel[...][1]
+    after_blocks.up.kernel[...][1], before_blocks.up.kernel[...][1]
   )
   # The stored hidden states give the token vectors of the whole encoder.
   packed = features.encode(prepared.frozen.documents, trained.state.model)
@@ -166,7 +183,7 @@ def test_freezing_needs_queries_without_masks(run):
 
 def test_features_are_hidden_states_of_the_lower_blocks(run):
   prepared = retrieval_run.prepare(run, progress=False)
-  lower, upper = bert.split(prepared.checkpoint.encoder, 1)
+  lower, upper = call(bert.split, prepared.checkpoint.encoder, 1)
   texts = prepared.data.document_texts[:3]
   found = features.compute(
     texts, prepared.checkpoint.tokenizer, lower, length=8, progress=False
@@ -174,7 +191,9 @@ def test_features_are_hidden_states_of_the_lower_blocks(run):
   rows = colbert.tokenize(texts, prepared.checkpoint.tokenizer, length=8)
   for i, row in enumerate(rows):
     own = found.hidden[found.offsets[i] : found.offsets[i + 1]]
-    want = lower(jnp.asarray(row)[None], jnp.ones((1, len(row)), bool))[0]
+    want = call(
+      bert.Bert.__call__, lower, np.array([row]), np.ones((1, len(row)), bool)
+    )[0]
     np.testing.assert_allclose(own, want, atol=2e-3)
   data = dataclasses.replace(
     prepared.data, document_texts=texts, query_index=[0], positives=[[2]],
@@ -190,7 +209,7 @@ def test_features_are_hidden_states_of_the_lower_blocks(run):
     batch["document_hidden"][0, 0, : len(last)], last
   )
   assert not batch["document_hidden"][0, 0, len(last) :].any()
-  model = LateInteraction(upper, heads.Projection([]))  # noqa: F811
+  model = LateInteraction(upper, heads.Projection([]))
   assert features.encode(found, model).tokens.shape[1] == lower.config.width
 
 
@@ -245,24 +264,24 @@ def test_markers_and_masks_are_those_of_the_saved_model(run, tmp_path, attend):
   mask = np.arange(lengths.max()) < lengths[:, None]
   tokens = np.zeros((*mask.shape, documents.tokens.shape[1]), np.float32)
   tokens[mask] = documents.tokens
-  scores = maxsim.maxsim(
-    *map(jnp.asarray, (queries.tokens, tokens)), None, jnp.asarray(mask)
-  )
+  scores = np.asarray(call(maxsim.maxsim, queries.tokens, tokens, None, mask))
   pipeline = batches.build(
     prepared.data, saved.tokenizer, saved.config, batch_size=8, seed=0, bucket=8
   )
-  batch = jax.tree.map(jnp.asarray, pipeline[0])
+  batch = pipeline[0]
   columns = batch["document_index"].reshape(-1)
-  want = losses.in_batch_cross_entropy(
-    scores[batch["query_index"]][:, columns], ~batch["false_negative"]
+  want = call(
+    losses.in_batch_cross_entropy,
+    scores[batch["query_index"]][:, columns],
+    ~batch["false_negative"],
   )
   rules = late_interaction.text_rules(saved.config, saved.tokenizer)
-  loss_fn = late_interaction.make_loss(run.objective, rules)
+  loss_fn = jax.jit(late_interaction.make_loss(run.objective, rules))
   got, _ = loss_fn(trained.state.model, batch, None)
   np.testing.assert_allclose(got, want, rtol=1e-4)
   plain = dataclasses.replace(saved.config, expand_queries=False)
   rules = late_interaction.text_rules(plain, saved.tokenizer)
-  other = late_interaction.make_loss(run.objective, rules)
+  other = jax.jit(late_interaction.make_loss(run.objective, rules))
   assert abs(other(trained.state.model, batch, None)[0] - want) > 1e-3
 
 
