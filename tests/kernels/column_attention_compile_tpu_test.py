@@ -99,4 +99,5 @@ def test_compiles_and_is_in_the_program(topology):
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_every_program_compiles(topology):
-  compiled(topology, PROGRAMS)
+  held = compiled(topology, PROGRAMS)
+  assert held["video plain"] < 136 << 20
