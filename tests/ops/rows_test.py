@@ -63,3 +63,14 @@ def test_other_shapes_and_types():
   assert got.shape == (3,) and got.dtype == jnp.bfloat16
   with pytest.raises(ValueError, match="num_rows must lie in"):
     rows.sum_rows(jnp.ones((2, 3)), jnp.zeros(2, jnp.int32), num_rows=0)
+
+
+def test_draws_all_that_count_before_any_twice():
+  table, _, _ = inputs()
+  mask = np.array([1, 0, 1, 1, 0, 1, 0], bool)
+  got = run(rows.draw_rows, jax.random.key(0), table, mask, number=6)
+  want = {tuple(row) for row in table[mask].tolist()}
+  assert {tuple(row) for row in got[:4].tolist()} == want
+  np.testing.assert_array_equal(got[4:], got[:2])
+  other = run(rows.draw_rows, jax.random.key(1), table, mask, number=6)
+  assert not np.array_equal(got, other)

@@ -14,7 +14,7 @@
   first.
 - `pooling`: means under a mask.
 - `quantize`: packed bits, scalar buckets, int8 rows, product quantisation.
-- `rows`: rows of a table by index and their sums, on any mesh.
+- `rows`: rows of a table by index or by lot, and their sums.
 - `scalar_codes`: channels rounded to a few levels (FSQ), in stages too.
 - `selection`: exact top-k in blocks, from parts, across devices.
 - `similarity`: unit vectors; `distances`: between all pairs.

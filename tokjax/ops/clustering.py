@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tokjax import checks
+from tokjax.ops.rows import draw_rows
 from tokjax.typing import Array, Bool, Float, Int, Key
 
 __all__ = ["Clusters", "KMeans", "assign", "kmeans", "masked_kmeans"]
@@ -200,10 +201,8 @@ def kmeans(
   points = jnp.where(mask[:, None], points, 0)
   metric = "inner" if spherical else "euclidean"
 
-  draw = jax.random.uniform(key, (points.shape[0],))
-  order = jnp.argsort(jnp.where(mask, draw, jnp.inf))  # valid points first
-  slots = jnp.arange(num_clusters) % jnp.maximum(1, jnp.sum(mask))
-  start = points[order[slots]].astype(jnp.float32)
+  start = draw_rows(key, points, mask, number=num_clusters)
+  start = start.astype(jnp.float32)
 
   def step(centroids, _):
     nearest = assign(points, centroids, metric=metric, block_size=block_size)

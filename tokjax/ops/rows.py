@@ -1,16 +1,16 @@
-"""Rows of a table by index, and sums of rows by index, on any mesh.
+"""Rows of a table by index or by lot, and sums of rows by index.
 
 On a mesh of Explicit axes a gather or scatter must say how its result is laid
-out; here it lies as the index does, or whole.
+out; `take_rows` and `sum_rows` do: as the index lies, and whole.
 """
 
 import jax
 import jax.numpy as jnp
 
 from tokjax import checks
-from tokjax.typing import Array, Float, Int
+from tokjax.typing import Array, Bool, Float, Int, Key
 
-__all__ = ["sum_rows", "take_rows"]
+__all__ = ["draw_rows", "sum_rows", "take_rows"]
 
 
 def take_rows(
@@ -71,6 +71,37 @@ def sum_rows(
   if _sharded(_spec(rows)) or _sharded(_spec(index)):
     add = jax.sharding.auto_axes(add, out_sharding=jax.P())
   return add(rows, index)
+
+
+def draw_rows(
+  key: Key[Array, ""],
+  rows: Float[Array, "n D"],
+  mask: Bool[Array, " n"],
+  *,
+  number: int,
+) -> Float[Array, "K D"]:
+  """Random rows among those that count, none twice while there are others.
+
+  Args:
+    key: of the draw.
+    rows: to draw from, whole on every device.
+    mask: True where a row counts.
+    number: K, how many to draw.
+
+  Returns:
+    The rows drawn; fewer valid ones repeat in their order, and without any it
+    is one that does not count.
+
+  Example:
+    >>> rows, mask = jnp.array([[1.0], [2.0]]), jnp.array([False, True])
+    >>> draw = jax.jit(draw_rows, static_argnames="number")
+    >>> draw(jax.random.key(0), rows, mask, number=2).tolist()
+    [[2.0], [2.0]]
+  """
+  draw = jax.random.uniform(key, mask.shape)
+  order = jnp.argsort(jnp.where(mask, draw, jnp.inf))  # valid rows first
+  slots = jnp.arange(number) % jnp.maximum(1, jnp.sum(mask))
+  return rows[order[slots]]
 
 
 def _spec(x):

@@ -34,8 +34,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokjax import checks
-from tokjax.ops import clustering, similarity
-from tokjax.ops.rows import sum_rows
+from tokjax.ops import clustering, code_usage, similarity
+from tokjax.ops.rows import draw_rows, sum_rows
 from tokjax.typing import Array, Bool, Float, Int, Key
 
 __all__ = [
@@ -253,18 +253,19 @@ def update(
   if config.reset != "none" and key is None:
     raise ValueError(f"key must be given for reset {config.reset!r}, got None")
   state, x = jax.lax.stop_gradient((state, x))
+  hits = code_usage.code_histogram(index, num_codes=config.num_codes)
+  if axis_name is not None:
+    hits = jax.lax.psum(hits, axis_name)
+  counts = config.decay * state.counts + (1 - config.decay) * hits
+  if config.learning != "ema":
+    return state._replace(counts=counts)
   x = x.astype(jnp.float32)
   if config.metric == "cosine":
     x = similarity.safe_normalize(x)
   x = jnp.where((index >= 0)[..., None], x, 0)
-  one = jnp.ones((*index.shape, 1))
-  hits = sum_rows(one, index, num_rows=config.num_codes)[:, 0]
   seen = sum_rows(x, index, num_rows=config.num_codes)
   if axis_name is not None:
-    hits, seen = jax.lax.psum((hits, seen), axis_name)
-  counts = config.decay * state.counts + (1 - config.decay) * hits
-  if config.learning != "ema":
-    return state._replace(counts=counts)
+    seen = jax.lax.psum(seen, axis_name)
   sums = config.decay * state.sums + (1 - config.decay) * seen
   total = jnp.sum(counts)
   smooth = (counts + config.epsilon) / (
@@ -313,10 +314,7 @@ def _of_all_devices(x, mask, axis_name):
 
 def _reset_from_batch(state, rows, mask, key, config):
   """Dead codes become vectors of the batch, with the count that just lives."""
-  draw = jnp.where(mask, jax.random.uniform(key, mask.shape), jnp.inf)
-  order = jnp.argsort(draw)  # valid vectors first
-  slots = jnp.arange(config.num_codes) % jnp.maximum(1, jnp.sum(mask))
-  fresh = rows[order[slots]]
+  fresh = draw_rows(key, rows, mask, number=config.num_codes)
   dead = (state.counts < config.reset_threshold) & jnp.any(mask)
   codes = jnp.where(dead[:, None], fresh, state.codes)
   counts = jnp.where(dead, config.reset_threshold, state.counts)
