@@ -106,6 +106,33 @@ def test_called_again_it_goes_on_bit_for_bit(tmp_path):
     assert saves.restore(want).config["optimizer"]["weight_decay"] == 0.01
 
 
+def test_buffers_and_averages_go_on_bit_for_bit(tmp_path):
+  seen = []
+
+  def loss_fn(model, buffers, batch, key):
+    loss, metrics = tiny_run.loss_fn(model, batch, key)
+    return loss, metrics, {"losses": buffers["losses"] * 0.5 + loss}
+
+  def run(num_steps, folder=""):
+    return loop.train(
+      tiny_run.model(),
+      loss_fn,
+      tiny_run.batches(),
+      tiny_run.config(num_steps, folder, average_decay=0.9),
+      key=jax.random.key(1),
+      buffers={"losses": np.float32(0)},
+      evaluate=lambda model, buffers, step: seen.append((model, buffers)) or {},
+    ).state
+
+  want = run(4)
+  model, buffers = seen.pop()
+  assert_same_bits(model, want.average)
+  assert_same_bits(buffers, want.buffers)
+  assert float(jnp.abs(want.average.up.kernel - want.model.up.kernel).max()) > 0
+  run(2, tmp_path)
+  assert_same_bits(run(4, tmp_path), want)
+
+
 class _NoBatches(collections.abc.Iterator):
   def set_state(self, state):
     assert state is not None

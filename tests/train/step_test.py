@@ -122,6 +122,48 @@ def test_microbatch_takes_every_mth_row_and_metrics_are_means():
   np.testing.assert_allclose(state.model["w"], 1 - want, rtol=1e-6)
 
 
+def counted(model, buffers, batch, key):
+  """w^2 mean(x); buffers: rows seen, and the last w, as integers and floats."""
+  found = {
+    "rows": buffers["rows"] + len(batch),
+    "last": jax.lax.stop_gradient(model["w"]),
+  }
+  return model["w"] ** 2 * jnp.mean(batch), {}, found
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_buffers_are_handed_on_and_averages_follow(num_microbatches):
+  optimizer = optax.sgd(0.25)
+  step = steps.make_step(
+    counted, optimizer, num_microbatches=num_microbatches,
+    has_buffers=True, average_decay=0.75,
+  )  # fmt: skip
+  state = call(
+    lambda w: steps.init_state(
+      jax.random.key(0),
+      {"w": w},
+      optimizer,
+      {"rows": jnp.int32(0), "last": jnp.float32(0)},
+      average=True,
+    ),
+    np.float32(1),
+  )
+  w, average = 1.0, 1.0
+  for i in range(3):
+    state, _ = step(state, np.ones(4, np.float32))
+    assert int(state.buffers["rows"]) == 4 * (i + 1)
+    assert float(state.buffers["last"]) == w
+    w = w - 0.25 * 2 * w
+    average = 0.75 * average + 0.25 * w
+    np.testing.assert_allclose(state.model["w"], w, rtol=1e-6)
+    np.testing.assert_allclose(state.average["w"], average, rtol=1e-6)
+  before = jax.device_get((state.model, state.buffers, state.average))
+  state, metrics = step(state, np.array([1, np.nan, 1, 1], np.float32))
+  assert not metrics["finite"]
+  after = jax.device_get((state.model, state.buffers, state.average))
+  assert before == after
+
+
 RULES = (("up/kernel$", ("fsdp", "tensor")), ("down/kernel$", ("tensor",)))
 
 

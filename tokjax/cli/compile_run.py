@@ -144,7 +144,11 @@ def training_step(
     abstract_batch(run, text, width=start.encoder.config.width),
   )
   transform = optimizer.make(run.trainer.optimizer, run.trainer.num_steps)
-  init = functools.partial(steps.init_state, optimizer=transform)
+  init = functools.partial(
+    steps.init_state,
+    optimizer=transform,
+    average=bool(run.trainer.average_decay),
+  )
   state = jax.eval_shape(init, jax.random.key(run.seed), model)
   layout = rules.shardings(state, mesh)
   state = jax.tree.map(
@@ -161,6 +165,7 @@ def training_step(
     num_microbatches=run.trainer.num_microbatches,
     remat=run.trainer.remat,
     state_shardings=layout,
+    average_decay=run.trainer.average_decay,
   )
   width = None
   if run.objective.method != "colberter":

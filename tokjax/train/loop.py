@@ -40,6 +40,7 @@ class TrainConfig:
   compute_dtype: str = "float32"  # or bfloat16; parameters stay float32
   num_microbatches: int = 1  # gradient accumulation; see `step.make_step`
   remat: str | None = None  # see `step.make_step`
+  average_decay: float = 0.0  # of averaged parameters; 0 keeps none
   save_every: int = 1000  # steps between checkpoints; the last is saved too
   keep: int = 3  # checkpoints that stay
   log_every: int = 50  # steps between lines of metrics; 0 for none
@@ -87,9 +88,10 @@ def train(
   config: TrainConfig,
   *,
   key: Key[Array, ""],
-  evaluate: Callable[[Any, int], Mapping[str, float]] | None = None,
+  evaluate: Callable[..., Mapping[str, float]] | None = None,
   mesh: Mesh | None = None,
   rules: sharding.Rules = (),
+  buffers: Any = None,
 ) -> Trained:
   """Trains a model; resumes by itself from the folder of the config.
 
@@ -112,12 +114,17 @@ def train(
     config: the settings.
     key: for everything random of a fresh run; a resumed one has its own.
     evaluate: `evaluate(model, step) -> {name: number}`, called every
-      `evaluate_every` steps and at the end, outside of any jit. It must not
-      keep the model, whose buffers the next step reuses.
+      `evaluate_every` steps and at the end, outside of any jit, with the
+      averaged parameters where they are kept; `evaluate(model, buffers, step)`
+      where there are buffers. It must not keep what it is given, whose memory
+      the next step reuses.
     mesh: the devices, with the axes of `parallel.meshes`; None puts all of
       them on `data`.
     rules: sharding rules of the state, see `parallel.rules`; its paths
-      begin with `model/` and `optimizer_state/`.
+      begin with `model/`, `optimizer_state/`, `buffers/` and `average/`.
+    buffers: arrays that the loss changes without gradients, such as codebooks
+      of moving means; the loss is then `loss_fn(model, buffers, batch, key)
+      -> (loss, metrics, buffers)`. They are saved and resumed like the rest.
 
   Returns:
     The state at the end, and whether there is more to do.
@@ -154,7 +161,13 @@ def train(
         pathlib.Path(config.folder) / "checkpoints", keep=config.keep
       )
       stack.enter_context(saves)
-    state, layout = _start(key, model, transform, mesh, rules, saves, batches)
+    init = functools.partial(
+      steps.init_state,
+      optimizer=transform,
+      average=bool(config.average_decay),
+    )
+    fresh = (key, model, () if buffers is None else buffers)
+    state, layout = _start(init, fresh, mesh, rules, saves, batches)
     done = int(state.step)
     writers = _open_writers(stack, config, done)
     progress = metrics.Progress(done, config.num_steps)
@@ -165,6 +178,8 @@ def train(
       num_microbatches=config.num_microbatches,
       remat=config.remat,
       state_shardings=layout,
+      has_buffers=buffers is not None,
+      average_decay=config.average_decay,
     )
 
     running, preempted, evaluation = None, False, {}
@@ -188,7 +203,9 @@ def train(
         row["learning_rate"] = float(rate(done - 1))
         _write(writers, done, row)
       if evaluates:
-        evaluation = dict(evaluate(state.model, done))
+        model = state.average if config.average_decay else state.model
+        held = () if buffers is None else (state.buffers,)
+        evaluation = dict(evaluate(model, *held, done))
         row = {f"eval/{name}": float(x) for name, x in evaluation.items()}
         _write(writers, done, row)
       if keeps:
@@ -212,14 +229,20 @@ def _check(config, batches):
     )
 
 
-def _start(key, model, transform, mesh, rules, saves, batches):
+def _start(init, fresh, mesh, rules, saves, batches):
   """The first state, or the last one saved; and where its arrays live."""
-  init = functools.partial(steps.init_state, optimizer=transform)
-  like = jax.eval_shape(init, key, model)
+  key, model, buffers = fresh
+
+  def first(key, model, buffers):
+    return init(key, model, buffers=buffers)
+
+  like = jax.eval_shape(first, key, model, buffers)
   layout = sharding.shardings(like, mesh, rules)
   if saves is None or saves.latest_step() is None:
     model = jax.device_put(model, layout.model)
-    return jax.jit(init, out_shardings=layout)(key, model), layout
+    buffers = jax.device_put(buffers, layout.buffers)
+    state = jax.jit(first, out_shardings=layout)(key, model, buffers)
+    return state, layout
   restored = saves.restore(
     jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

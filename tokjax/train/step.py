@@ -13,8 +13,8 @@ from tokjax.typing import Array, Bool, Int, Key
 
 __all__ = ["REMAT", "TrainState", "init_state", "make_step", "remat_policy"]
 
-# (model, batch, key) -> (loss, metrics)
-LossFn = Callable[[Any, Any, Any], tuple[Array, dict[str, Array]]]
+# (model, batch, key) -> (loss, metrics); with buffers see `make_step`
+LossFn = Callable[..., tuple[Array, ...]]
 
 # Names of `jax.checkpoint_policies` that need no argument.
 REMAT = (
@@ -34,6 +34,9 @@ class TrainState(NamedTuple):
     key: of the whole run; the key of a step is `fold_in(key, step)`.
     finite: False once a loss or gradient was not finite; from then on
       nothing else here changes.
+    buffers: what the loss hands from step to step beside the parameters, such
+      as codebooks of moving means; () for nothing.
+    average: moving average of the parameters; () where none is kept.
   """
 
   step: Int[Array, ""]
@@ -41,10 +44,17 @@ class TrainState(NamedTuple):
   optimizer_state: Any
   key: Key[Array, ""]
   finite: Bool[Array, ""]
+  buffers: Any = ()
+  average: Any = ()
 
 
 def init_state(
-  key: Key[Array, ""], model: Any, optimizer: optax.GradientTransformation
+  key: Key[Array, ""],
+  model: Any,
+  optimizer: optax.GradientTransformation,
+  buffers: Any = (),
+  *,
+  average: bool = False,
 ) -> TrainState:
   """The state before the first step, the parameters copied to float32.
 
@@ -52,9 +62,11 @@ def init_state(
     key: for everything random in the run.
     model: a pytree of arrays; floats narrower than 32 bits are widened.
     optimizer: an optax transform.
+    buffers: a pytree of arrays that no optimiser touches; copied as it is.
+    average: keep a moving average of the parameters too.
 
   Returns:
-    A state that shares no buffer with `key` or `model`.
+    A state that shares no buffer with `key`, `model` or `buffers`.
 
   Example:
     >>> model = {"w": jnp.ones(2, jnp.bfloat16)}
@@ -73,6 +85,10 @@ def init_state(
     optimizer_state=optimizer.init(model),
     key=jax.random.clone(key),
     finite=jnp.ones((), bool),
+    buffers=jax.tree.map(lambda x: jnp.array(x, copy=True), buffers),
+    average=jax.tree.map(lambda x: jnp.array(x, copy=True), model)
+    if average
+    else (),
   )
 
 
@@ -84,6 +100,8 @@ def make_step(
   num_microbatches: int = 1,
   remat: str | None = None,
   state_shardings: TrainState | None = None,
+  has_buffers: bool = False,
+  average_decay: float = 0.0,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
   """Compiles `step(state, batch) -> (state, metrics)`.
 
@@ -116,6 +134,11 @@ def make_step(
       memory, and no policy here.
     state_shardings: where each array of the state lives; None leaves it to
       the compiler, fine on one device.
+    has_buffers: the loss is `loss_fn(model, buffers, batch, key) -> (loss,
+      metrics, buffers)`; buffers keep their dtypes, and microbatches hand
+      them on one after the other.
+    average_decay: of the moving average of the parameters, which follows
+      every update; 0 where the state keeps none.
 
   Returns:
     The compiled function. The state passed in is used up (its buffers are
@@ -139,11 +162,16 @@ def make_step(
   policy = remat_policy(remat)
   checks.in_range(1, float("inf"), num_microbatches=num_microbatches)
 
-  def loss_of(model, batch, key):
+  checks.in_range(0, 1, average_decay=average_decay)
+
+  def loss_of(model, buffers, batch, key):
     model = rules.gather(_cast(model, compute_dtype))
-    loss, metrics = loss_fn(model, batch, key)
+    if has_buffers:
+      loss, metrics, buffers = loss_fn(model, buffers, batch, key)
+    else:
+      loss, metrics = loss_fn(model, batch, key)
     _check_outputs(loss, metrics)
-    return loss.astype(jnp.float32), metrics
+    return loss.astype(jnp.float32), (metrics, buffers)
 
   if policy is not None:
     loss_of = jax.checkpoint(loss_of, policy=policy)
@@ -152,10 +180,12 @@ def make_step(
   def step(state, batch):
     key = jax.random.fold_in(state.key, state.step)
     if num_microbatches == 1:
-      (loss, metrics), gradient = gradient_of(state.model, batch, key)
+      (loss, (metrics, buffers)), gradient = gradient_of(
+        state.model, state.buffers, batch, key
+      )
     else:
-      (loss, metrics), gradient = _accumulate(
-        gradient_of, state.model, batch, key, num_microbatches
+      loss, metrics, buffers, gradient = _accumulate(
+        gradient_of, state.model, state.buffers, batch, key, num_microbatches
       )
     norm = optax.global_norm(gradient)
     finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -164,12 +194,23 @@ def make_step(
         gradient, state.optimizer_state, state.model
       )
       model = optax.apply_updates(state.model, updates)
-    moved = (state.step + 1, model, optimizer_state)
+      average = state.average
+      if average_decay:
+        average = optax.incremental_update(model, average, 1 - average_decay)
+    moved = state._replace(
+      step=state.step + 1,
+      model=model,
+      optimizer_state=optimizer_state,
+      buffers=buffers,
+      average=average,
+    )
     moved = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old), moved, tuple(state[:3])
+      lambda new, old: new if new is old else jnp.where(finite, new, old),
+      moved,
+      state,
     )
     metrics = {**metrics, "loss": loss, "grad_norm": norm, "finite": finite}
-    return TrainState(*moved, state.key, finite), metrics
+    return moved._replace(finite=finite), metrics
 
   return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
@@ -196,7 +237,7 @@ def remat_policy(remat: str | None) -> Callable[..., Any] | None:
   return getattr(jax.checkpoint_policies, remat)
 
 
-def _accumulate(gradient_of, model, batch, key, num_microbatches):
+def _accumulate(gradient_of, model, buffers, batch, key, num_microbatches):
   """Means of loss, metrics and gradient over the microbatches."""
 
   def split(path, x):
@@ -205,19 +246,22 @@ def _accumulate(gradient_of, model, batch, key, num_microbatches):
     shape = (x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:])
     return x.reshape(shape).swapaxes(0, 1)  # [M, B / M, ...]
 
-  def one(total, microbatch):
-    outputs, gradient = gradient_of(model, *microbatch)
-    return jax.tree.map(jnp.add, total, gradient), outputs
+  def one(carry, microbatch):
+    total, buffers = carry
+    (loss, (metrics, buffers)), gradient = gradient_of(
+      model, buffers, *microbatch
+    )
+    return (jax.tree.map(jnp.add, total, gradient), buffers), (loss, metrics)
 
   microbatches = jax.tree_util.tree_map_with_path(split, batch)
   keys = jax.random.split(key, num_microbatches)
-  total, outputs = jax.lax.scan(
-    one, jax.tree.map(jnp.zeros_like, model), (microbatches, keys)
+  zeros = jax.tree.map(jnp.zeros_like, model)
+  (total, buffers), outputs = jax.lax.scan(
+    one, (zeros, buffers), (microbatches, keys)
   )
-  return (
-    jax.tree.map(lambda x: jnp.mean(x, axis=0), outputs),
-    jax.tree.map(lambda x: x / num_microbatches, total),
-  )
+  loss, metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), outputs)
+  gradient = jax.tree.map(lambda x: x / num_microbatches, total)
+  return loss, metrics, buffers, gradient
 
 
 def _cast(tree, dtype):
