@@ -8,7 +8,7 @@ from tests.contracts import harness
 from tests.contracts.harness import Case
 from tokjax.models import positions, reducing, vit, vit_blocks
 from tokjax.models.reducing import Reduction, Taps
-from tokjax.ops import plans
+from tokjax.ops import patches, plans
 from tokjax.reduction import types
 
 CONFIG = vit.VitConfig(
@@ -117,7 +117,7 @@ CASES = [
   Case(
     "attend", vit_blocks.attend, attention_inputs, (0, 1, 2, 3), (0, 1, 2, 3)
   ),
-  Case("patchify", lambda x: vit.patchify(x, 4), photos, (0,), (0,)),
+  Case("patchify", lambda x: patches.patchify(x, 4), photos, (0,), (0,)),
   Case(
     "interpolate_grid",
     lambda x: positions.interpolate_grid(x, (4, 2), (2, 3)),

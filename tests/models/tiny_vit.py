@@ -11,6 +11,7 @@ from flax import nnx
 
 from tests.compiled import run
 from tokjax.models import vit
+from tokjax.ops import patches
 from tokjax.reduction import types
 
 CONFIG = vit.VitConfig(
@@ -55,7 +56,7 @@ def photos(seed=0, batch=2, side=12):
 
 def cut(images):
   """Patches of photos."""
-  return np.asarray(run(vit.patchify, images, CONFIG.patch_size))
+  return np.asarray(run(patches.patchify, images, CONFIG.patch_size))
 
 
 # --- the same in float64 loops, one image at a time -------------------------

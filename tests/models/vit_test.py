@@ -148,16 +148,6 @@ def test_initial_weights_and_norms_are_those_of_the_config():
   np.testing.assert_allclose(quick, x / (1 + np.exp(-1.702 * x)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(4, 6), (5, 7)])
-def test_patches_are_cut_row_by_row_and_the_remainder_left(shape):
-  images = np.random.default_rng(0).normal(size=(2, *shape, 3))
-  got = np.asarray(run(vit.patchify, np.float32(images), 2))
-  assert got.shape == (2, 6, 12)
-  for b, i, j in np.ndindex(2, 2, 3):
-    patch = images[b, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].reshape(-1)
-    np.testing.assert_allclose(got[b, 3 * i + j], patch, rtol=1e-6)
-
-
 def test_patches_and_images_are_the_same_input():
   model, images = tiny(), photos()
   got = encode(model, cut(images)).tokens

@@ -16,6 +16,7 @@ from tokjax import checks
 from tokjax.models import vit
 from tokjax.models.reducing import Taps
 from tokjax.ops import attention_scores
+from tokjax.ops import patches as image_patches
 from tokjax.reduction import (
   aim,
   catp,
@@ -132,7 +133,7 @@ def statistics(
     Features of width 4 C.
   """
   channels = images.shape[-1]
-  patches = vit.patchify(images, patch_size)
+  patches = image_patches.patchify(images, patch_size)
   x = patches.reshape(*patches.shape[:2], patch_size, patch_size, channels)
   means, spreads = jnp.mean(x, axis=(2, 3)), jnp.std(x, axis=(2, 3))
   rows = jnp.mean(jnp.abs(jnp.diff(x, axis=2)), axis=(2, 3))

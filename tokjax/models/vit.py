@@ -16,9 +16,10 @@ from tokjax import checks
 from tokjax.models import positions, reducing, vit_blocks, vit_shapes
 from tokjax.models.reducing import Encoded, Reduction, Stream, Tap, Taps
 from tokjax.models.vit_shapes import VitConfig
+from tokjax.ops import patches
 from tokjax.typing import Array, Bool, Float
 
-__all__ = ["Vit", "VitConfig", "patchify"]
+__all__ = ["Vit", "VitConfig"]
 
 
 class Vit(nnx.Module):
@@ -143,7 +144,7 @@ class Vit(nnx.Module):
 
     Args:
       images: normalised pixels, channels last, of any size; or what
-        `patchify` makes of images of the config's size.
+        `patches.patchify` makes of images of the config's size.
       mask: True where a patch is real; None for all. Class, distillation and
         register tokens always are.
       taps: what to return of which layers; None for nothing.
@@ -231,7 +232,7 @@ class Vit(nnx.Module):
     if images.ndim == 4:
       size = config.patch_size
       grid = (images.shape[1] // size, images.shape[2] // size)
-      images = patchify(images, size)
+      images = patches.patchify(images, size)
     checks.has_rank(3, images=images)
     num_patches = grid[0] * grid[1]
     checks.same_size(patches=images.shape[1], positions=num_patches)
@@ -313,44 +314,6 @@ class Vit(nnx.Module):
     return stream, tap._replace(
       hidden=stream.tokens, hidden_mask=stream.mask, reduced=reduced
     )
-
-
-def patchify(
-  images: Float[Array, "B height width C"], patch_size: int
-) -> Float[Array, "B P F"]:
-  """Cuts images into square patches, row by row.
-
-  Pixels at the right and at the bottom that fill no patch are left out, as by
-  the convolution of the published encoders (SigLIP has patches of 14 at 384).
-
-  Args:
-    images: channels last.
-    patch_size: pixels a side, static.
-
-  Returns:
-    The F = patch_size^2 C pixels of each patch, row by row, channels last.
-
-  Raises:
-    ValueError: if the image is smaller than a patch.
-
-  Example:
-    >>> patchify(jnp.ones((1, 4, 6, 3)), 2).shape
-    (1, 6, 12)
-
-  Source: Dosovitskiy et al. (2021), "An image is worth 16x16 words".
-  """
-  checks.has_rank(4, images=images)
-  batch, height, width, channels = images.shape
-  checks.in_range(1, min(height, width), patch_size=patch_size)
-  rows, columns = height // patch_size, width // patch_size
-  images = images[:, : rows * patch_size, : columns * patch_size]
-  # One axis is split or joined at a time: more at once is an error where the
-  # batch is laid out over an explicit mesh.
-  x = images.reshape(batch, rows, patch_size, -1, channels)
-  x = x.reshape(batch, rows, patch_size, columns, patch_size, channels)
-  x = x.swapaxes(2, 3)  # [B, rows, columns, p, p, C]
-  x = x.reshape(batch, rows, columns, -1)
-  return x.reshape(batch, rows * columns, -1)
 
 
 def _by_layer(taps, num_layers):

@@ -25,10 +25,17 @@ from tokjax.models import vit
 from tokjax.train import loop
 from tokjax.typing import Array, Float, UInt8
 
-__all__ = ["ImageRun", "accuracy", "make_loss", "pixels", "train"]
+__all__ = [
+  "READING",
+  "ImageRun",
+  "accuracy",
+  "make_loss",
+  "pixels",
+  "train",
+]
 
 # Batches are small and made in no time; grain's own buffer is 500.
-_READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -80,7 +87,7 @@ def train(run: ImageRun) -> tuple[vit.Vit, loop.Trained]:
   trained = loop.train(
     vit.Vit(config, rngs=nnx.Rngs(model_key)),
     make_loss(label_smoothing=run.label_smoothing),
-    iter(batches.to_iter_dataset(_READING)),
+    iter(batches.to_iter_dataset(READING)),
     run.trainer,
     key=run_key,
     evaluate=lambda model, step: {"accuracy": accuracy(model, test)},

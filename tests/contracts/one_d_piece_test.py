@@ -1,0 +1,71 @@
+"""Contracts of the one-dimensional image tokenizers and their transformer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tests.contracts import harness
+from tests.contracts.harness import Case
+from tests.tokenizers.tiny_tokenizer import TRUNK, quantizer
+from tokjax.ops import attention, attention_masks, patches, resample
+from tokjax.tokenizers.one_d_piece import OneDPieceConfig
+from tokjax.tokenizers.transformer import Transformer, TransformerConfig
+
+
+def photos(seed):
+  return (jax.random.uniform(jax.random.key(seed), (8, 8, 8, 3), minval=-1),)
+
+
+def tokens(seed):
+  return (jax.random.normal(jax.random.key(seed), (8, 5, 8)),)
+
+
+def one_d_piece(images, *, train, learning="ema", **settings):
+  # Built inside, so that the weights live on the mesh of the inputs.
+  config = OneDPieceConfig(
+    8, 4, 6, TRUNK, TRUNK, quantizer(learning), **settings
+  )
+  tokenizer = config.build(nnx.Rngs(0))
+  state = tokenizer.init_state(jax.random.key(1))
+  found, state = tokenizer(images, state, train=train, key=jax.random.key(2))
+  return found.output, found.losses, state
+
+
+def transformed(x, **settings):
+  config = TransformerConfig(8, 2, 2, init_scale=0.3, **settings)
+  model = Transformer(config, rngs=nnx.Rngs(0))
+  mask = attention_masks.causal(5)
+  if not config.context_dim:
+    return model(x, mask=mask)
+  return model(x, x[:, :3], mask=mask, context_mask=mask[:, :3])
+
+
+def attended(x):
+  heads = x.reshape(*x.shape[:2], 2, 4).swapaxes(1, 2)
+  return attention.attend(heads, heads, heads, jnp.tril(jnp.ones((5, 5), bool)))
+
+
+def row(name, function, inputs=tokens, **settings):
+  return Case(name, functools.partial(function, **settings), inputs, (0,), (0,))
+
+
+CASES = [
+  row("transformer", transformed),
+  row("transformer-swiglu", transformed, activation="swiglu", context_dim=8),
+  row("attend", attended),
+  row("one-d-piece", one_d_piece, photos, train=True, learning="gradient"),
+  row(
+    "one-d-piece-evaluated", one_d_piece, photos, train=False, pixel_loss="l1"
+  ),
+  row("pyramid", lambda x: resample.pyramid(x[:, :4], (1, 2))),
+  row(
+    "unpatchify", lambda x: patches.unpatchify(x[:, :4, :], (2, 2), 2)
+  ),
+]  # fmt: skip
+
+
+@harness.all_checks(CASES)
+def test_contract(check, case):
+  check(case)

@@ -1,0 +1,260 @@
+"""Training a tokenizer of images.
+
+`TokenizerRun` is what a file of `configs/` returns, `train` runs it:
+
+    done = train(get_config("cifar10"))
+    found, _ = done.tokenizer(images, done.state)
+
+The tokenizer is any of `tokjax.tokenizers` that reads images, features of a
+frozen encoder, or both (see `tokjax.tokenizers.types`).
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tokjax import checks
+from tokjax.data import cifar10, image_batches
+from tokjax.models import arrays, vit, vit_weights
+from tokjax.tokenizers.types import Reconstructed
+from tokjax.train import image_classification, loop
+from tokjax.typing import Array, Float, UInt8
+
+__all__ = [
+  "TokenizerRun",
+  "Trained",
+  "evaluate",
+  "features",
+  "load",
+  "save",
+  "train",
+]
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class TokenizerRun:
+  """A training run: tokenizer, data, loop."""
+
+  tokenizer: Any  # a config of `tokjax.tokenizers` with a method `build`
+  data: str = "cifar10"  # what `tokjax.data.cifar10.load` takes
+  teacher: str = ""  # folder of a ViT whose patches are the features read
+  start: str = ""  # file of a tokenizer of the same shape to begin with
+  batch_size: int = 64  # images of a step, over all devices and processes
+  shift: int = 0  # pixels an image is moved at most
+  flip: bool = True  # mirror every other image
+  trainer: loop.TrainConfig = dataclasses.field(
+    default_factory=lambda: loop.TrainConfig(num_steps=1000)
+  )
+  seed: int = 0  # of weights, orders and draws
+
+
+class Trained(NamedTuple):
+  """A trained tokenizer.
+
+  Attributes:
+    tokenizer: the module, with averaged parameters where they are kept.
+    state: of its codebooks.
+    run: how the loop ended.
+  """
+
+  tokenizer: Any
+  state: Any
+  run: loop.Trained
+
+
+class _Buffers(NamedTuple):
+  """What the loss is handed from step to step.
+
+  Attributes:
+    state: of the tokenizer.
+    teacher: the frozen encoder, None without one.
+  """
+
+  state: Any
+  teacher: vit.Vit | None
+
+
+def train(run: TokenizerRun) -> Trained:
+  """Runs a config: reads the data, trains, measures on test images.
+
+  Args:
+    run: the settings; with a folder of the trainer it can be resumed.
+
+  Returns:
+    The tokenizer and how the loop ended; its metrics are those of `evaluate`.
+
+  Raises:
+    FileNotFoundError: if data, teacher or start are not there.
+    ValueError: if settings do not fit each other, and as `loop.train`.
+  """
+  data, test = cifar10.load(run.data)
+  tokenizer, state = _build(run)
+  teacher = vit_weights.load(run.teacher) if run.teacher else None
+  if ("features" in tokenizer.reads) != (teacher is not None):
+    raise ValueError(
+      "teacher must name a folder exactly if the tokenizer reads features; it "
+      f"reads {tokenizer.reads}, got {run.teacher!r}"
+    )
+  batches = image_batches.build(
+    data,
+    batch_size=run.batch_size,
+    seed=run.seed,
+    shift=run.shift,
+    flip=run.flip,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  buffers = _Buffers(state, teacher)
+  trained = loop.train(
+    tokenizer,
+    _loss,
+    iter(batches.to_iter_dataset(image_classification.READING)),
+    run.trainer,
+    key=jax.random.fold_in(jax.random.key(run.seed), 1),
+    buffers=buffers,
+    evaluate=lambda model, held, step: evaluate(
+      model, held.state, test.images, teacher=held.teacher
+    ),
+  )
+  averaged = run.trainer.average_decay
+  model = trained.state.average if averaged else trained.state.model
+  return Trained(model, trained.state.buffers.state, trained)
+
+
+def _loss(model, buffers, batch, key):
+  inputs = _inputs(model, buffers.teacher, batch["images"])
+  found, state = model(*inputs, buffers.state, train=True, key=key)
+  metrics = {**found.stats, **found.losses}
+  loss = sum(found.losses.values(), jnp.float32(0))
+  return loss, metrics, buffers._replace(state=state)
+
+
+def _inputs(model, teacher, raw):
+  """What the tokenizer reads of 8-bit images, without a gradient."""
+  images = image_classification.pixels(raw)
+  made = {
+    "images": lambda: images,
+    "features": lambda: jax.lax.stop_gradient(features(teacher, images)),
+  }
+  return [made[name]() for name in model.reads]
+
+
+def features(
+  teacher: vit.Vit, images: Float[Array, "B height width 3"]
+) -> Float[Array, "B P D"]:
+  """The patches of images as a frozen encoder sees them, after its last norm.
+
+  Args:
+    teacher: the encoder.
+    images: in -1..1.
+
+  Returns:
+    One row per patch, without the tokens beside the patches.
+
+  Example:
+    >>> config = vit.VitConfig(image_size=4, patch_size=2, width=4,
+    ...                        num_layers=1, num_heads=1, mlp_width=4)
+    >>> teacher = jax.jit(lambda: vit.Vit(config, rngs=nnx.Rngs(0)))()
+    >>> jax.jit(features)(teacher, jnp.ones((1, 4, 4, 3))).shape
+    (1, 4, 4)
+  """
+  tokens = teacher.encode(images).tokens
+  return teacher.normalize(tokens[:, teacher.config.num_special :])
+
+
+def evaluate(
+  tokenizer: Any,
+  state: Any,
+  images: UInt8[np.ndarray, "n height width 3"],
+  *,
+  teacher: vit.Vit | None = None,
+  batch_size: int = 250,
+) -> dict[str, float]:
+  """How well test images come back.
+
+  Args:
+    tokenizer: the module.
+    state: of its codebooks.
+    images: 8-bit.
+    teacher: the encoder whose features it reads, if it does.
+    batch_size: images at a time; what fills no batch is left out.
+
+  Returns:
+    Means over the batches of `stats` and `losses` of the tokenizer, and
+    "psnr" in dB, mean over images, if the output is images.
+
+  Raises:
+    ValueError: if there are fewer images than one batch.
+  """
+  checks.in_range(1, len(images), batch_size=batch_size)
+  rows = []
+  for start in range(0, len(images) - batch_size + 1, batch_size):
+    chosen = images[start : start + batch_size]
+    rows.append(jax.device_get(_measure(tokenizer, state, teacher, chosen)))
+  return {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}
+
+
+@jax.jit
+def _measure(model, state, teacher, raw) -> Mapping[str, Array]:
+  inputs = _inputs(model, teacher, raw)
+  found, _ = model(*inputs, state)
+  measured = {**found.stats, **found.losses}
+  if found.output.shape == raw.shape:
+    measured["psnr"] = _psnr(image_classification.pixels(raw), found)
+  return measured
+
+
+def _psnr(images, found: Reconstructed):
+  """Mean over images, of pixels in 0..1 cut to that range."""
+  output = jnp.clip(found.output.astype(jnp.float32), -1, 1)
+  error = jnp.mean(jnp.square(images - output) / 4, axis=(1, 2, 3))
+  return jnp.mean(-10 * jnp.log10(jnp.maximum(error, 1e-10)))
+
+
+def save(path: str, trained: Trained) -> None:
+  """Writes parameters and codebooks, whole or not at all; see `load`.
+
+  Args:
+    path: a safetensors file.
+    trained: what `train` returned.
+  """
+  arrays.save(path, (trained.tokenizer, trained.state))
+
+
+def load(path: str, run: TokenizerRun) -> tuple[Any, Any]:
+  """Reads what `save` wrote.
+
+  Args:
+    path: the file, or a folder of a run with `model/tokenizer.safetensors`.
+    run: the config it was trained with.
+
+  Returns:
+    The module and the state of its codebooks.
+
+  Raises:
+    FileNotFoundError: if it is not there.
+    ValueError: if it is of a tokenizer of another shape.
+  """
+  file = pathlib.Path(path)
+  if file.is_dir():
+    file = file / "model" / "tokenizer.safetensors"
+  return arrays.load(file, jax.eval_shape(functools.partial(_fresh, run)))
+
+
+def _build(run):
+  if run.start:
+    return load(run.start, run)
+  return jax.jit(functools.partial(_fresh, run))()
+
+
+def _fresh(run):
+  model_key, state_key = jax.random.split(jax.random.key(run.seed))
+  tokenizer = run.tokenizer.build(nnx.Rngs(model_key))
+  return tokenizer, tokenizer.init_state(state_key)
