@@ -13,7 +13,7 @@ def attend(
   queries: Float[Array, "B H N d"],
   keys: Float[Array, "B H M d"],
   values: Float[Array, "B H M e"],
-  mask: Bool[Array, "N M"] | Bool[Array, "B N M"] | None = None,
+  mask: Bool[Array, "N M"] | Bool[Array, "#B N M"] | None = None,
 ) -> Float[Array, "B H N e"]:
   """softmax(q k^T / sqrt(d)) v over the keys that the mask allows.
 

@@ -164,7 +164,7 @@ class TiTok(nnx.Module):
     self,
     indices: Int[Array, "B k"],
     state: CodebookState,
-    length: Int[Array, " B"] | int | None = None,
+    length: Int[Array, "..."] | int | None = None,
   ) -> Float[Array, "B height width 3"]:
     """Images of the first tokens.
 
@@ -195,7 +195,7 @@ class TiTok(nnx.Module):
   def decode_codes(
     self,
     codes: Float[Array, "B k d"],
-    length: Int[Array, " B"] | int | None = None,
+    length: Int[Array, "..."] | int | None = None,
   ) -> Float[Array, "B height width 3"]:
     """Images of code vectors; see `decode`."""
     config = self.config

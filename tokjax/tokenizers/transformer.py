@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 Activation = Literal["gelu", "swiglu"]
-Mask = Bool[Array, "N M"] | Bool[Array, "B N M"] | np.ndarray | None
+Mask = Bool[Array, "N M"] | Bool[Array, "#B N M"] | np.ndarray | None
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -99,7 +99,7 @@ class Transformer(nnx.Module):
       context_mask: True where token n may read row m of the context.
 
     Returns:
-      Tokens in the dtype of x.
+      Tokens in the dtype of x; the blocks compute in that of the parameters.
 
     Raises:
       ValueError: if the width is wrong, or context comes unasked or is
@@ -113,11 +113,15 @@ class Transformer(nnx.Module):
         f"context must have width {config.context_dim} (0: None), got {came}"
       )
 
+    kept, dtype = x.dtype, self.blocks.mlp.up.kernel[...].dtype
+    x = x.astype(dtype)
+    context = None if context is None else context.astype(dtype)
+
     def step(x, block):
       return block(x, context, mask=mask, context_mask=context_mask), None
 
     x, _ = jax.lax.scan(step, x, self.blocks)
-    return x if self.norm is None else self.norm(x).astype(x.dtype)
+    return (x if self.norm is None else self.norm(x)).astype(kept)
 
 
 class Block(nnx.Module):
