@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from tests.compiled import run
-from tokjax.tokenizers import codebook
+from tokjax.tokenizers import code_resets, codebook
 from tokjax.tokenizers.codebook import Codebook, CodebookConfig, CodebookState
 
 
@@ -124,12 +124,84 @@ def test_the_most_used_code_gives_half_to_the_least_used():
   assert not np.allclose(got.codes[2], got.codes[0], rtol=1e-5)
 
 
+def test_how_far_codes_move_to_their_anchors():
+  """The published weights of 4,096 codes: .9990, .0166 and none."""
+  number = 4096
+  usage = np.full(number, 1.0, np.float32)
+  usage[:3] = 0, 1e-6 / 0.99, 1 / number / 0.99
+  hits = np.zeros(number, np.int32)
+  hits[3] = 8
+  rows, mask = np.array([[1.0], [np.nan]], np.float32), np.array([True, False])
+  got = run(
+    code_resets.toward_anchors,
+    np.zeros((number, 1), np.float32), usage, hits, rows, mask,
+  )  # fmt: skip
+  np.testing.assert_allclose(got.codes[:3, 0], [0.9990, 0.0166, 0], atol=5e-5)
+  np.testing.assert_allclose(got.usage[:4], [0, 1e-6, 1 / number, 1], 1e-5)
+  nothing = run(
+    code_resets.toward_anchors,
+    np.ones((number, 1), np.float32), usage, hits * 0, rows, mask & False,
+  )  # fmt: skip
+  assert np.all(nothing.codes == 1)
+  np.testing.assert_array_equal(nothing.usage, usage)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("learning", ["ema", "gradient"])
+def test_anchors_equal_a_loop(learning, metric):
+  random = np.random.default_rng(4)
+  settings = config(
+    metric=metric, learning=learning, reset="anchors", decay=0.9
+  )  # fmt: skip
+  codes = random.normal(size=(6, 3))
+  x = 3 * random.normal(size=(20, 3)).astype(np.float32)
+  index = random.integers(-1, 4, 20)
+  usage = np.array([0.3, 0.01, 0.0, 0.02, 0.001, 0.0], np.float32)
+  state = state_of(codes)._replace(usage=usage)
+  parameter = None
+  if learning == "gradient":
+    shift = np.full((6, 3), 0.25, np.float32)
+    parameter = codes.astype(np.float32) - shift
+    state = CodebookState(state.counts, usage=usage, shift=shift)
+  got = run(codebook.update, state, x, index, config=settings, codes=parameter)
+
+  def unit(y):
+    length = np.linalg.norm(y, axis=-1, keepdims=True)
+    return y / length if metric == "cosine" else y
+
+  want = codes.copy()
+  kept = x[index >= 0].astype(float)
+  hits = np.bincount(index[index >= 0], minlength=6)
+  counts = 0.9 + 0.1 * hits
+  smooth = (counts + 1e-5) / (counts.sum() + 6e-5) * counts.sum()
+  if learning == "ema":
+    sums = 0.9 * codes
+    for row, k in zip(unit(x.astype(float)), index, strict=True):
+      if k >= 0:
+        sums[k] += 0.1 * row
+    want = unit(sums / smooth[:, None])
+  share = 0.9 * usage + 0.1 * hits / hits.sum()
+  for k in range(6):
+    weight = np.exp(-share[k] * 6 * 10 / (1 - 0.9) - 1e-3)
+    nearest = np.argmin(((unit(kept) - unit(want[k])) ** 2).sum(-1))
+    want[k] = (1 - weight) * want[k] + weight * kept[nearest]
+  np.testing.assert_allclose(got.usage, share, rtol=1e-5)
+  if learning == "gradient":
+    np.testing.assert_allclose(parameter + got.shift, want, atol=2e-5)
+  else:
+    np.testing.assert_allclose(got.codes, unit(want), atol=2e-5)
+    sums = unit(want) * smooth[:, None]
+    np.testing.assert_allclose(got.sums, sums, atol=2e-5)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("reset", ["none", "batch", "split"])
+@pytest.mark.parametrize("reset", ["none", "batch", "split", "anchors"])
 def test_over_eight_devices_equals_one(reset, kind):
   random = np.random.default_rng(2)
   settings = config(num_codes=16, reset=reset, decay=0.5)
   state = state_of(random.normal(size=(16, 3)))
+  if reset == "anchors":
+    state = state._replace(usage=np.zeros(16, np.float32))
   x = random.normal(size=(64, 3)).astype(np.float32)
   index = random.integers(-1, 9, 64)
   want = step(settings, state, x, index)
@@ -148,8 +220,11 @@ def test_over_eight_devices_equals_one(reset, kind):
     out_specs=jax.P(),
   )
   got = jax.jit(sharded)(state, x, index)
-  for g, w in zip(got, want, strict=True):
-    np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    got,
+    want,
+  )
 
 
 def test_state_gets_no_gradient_and_a_matrix_moves_all_codes():
@@ -205,6 +280,8 @@ def test_k_means_of_the_first_batch():
   ({"decay": 1.5}, "decay must lie in"),
   ({"num_codes": 0}, "num_codes must lie in"),
   ({"reset": "batch", "learning": "gradient"}, 'needs learning "ema"'),
+  ({"reset": "anchors", "learning": "simvq"}, 'learning "ema" or "gradient"'),
+  ({"reset": "anchors", "decay": 1}, "decay must be below 1"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(settings, message):
   with pytest.raises(ValueError, match=message):
@@ -217,5 +294,31 @@ def test_errors():
     codebook.update(
       state_of(np.ones((6, 3))), x, index, config=config(reset="batch")
     )
+  anchored = config(reset="anchors", learning="gradient")
+  state = Codebook(anchored, rngs=nnx.Rngs(0)).init_state(jax.random.key(0))
+  with pytest.raises(ValueError, match="codes must be given for reset"):
+    codebook.update(state, x, index, config=anchored)
   with pytest.raises(ValueError, match='learning must be "ema"'):
     codebook.from_data(jax.random.key(0), x, config=config(learning="gradient"))
+
+
+def test_rows_of_a_batch_are_flat_and_padding_is_zero():
+  x = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
+  rows, mask = run(
+    code_resets.rows_of_all_devices, x, np.array([[True, False, True]])
+  )
+  np.testing.assert_array_equal(rows, [[0, 1], [0, 0], [4, 5]])
+  np.testing.assert_array_equal(mask, [True, False, True])
+
+
+def test_resets_on_their_own():
+  key, counts = jax.random.key(0), np.array([8.0, 0.0], np.float32)
+  table = np.array([[4.0], [0.0]], np.float32)
+  rows, mask = np.array([[7.0], [9.0]], np.float32), np.array([False, True])
+  got = run(
+    code_resets.from_batch, key, counts, table, rows, mask, threshold=1.0
+  )
+  np.testing.assert_array_equal(got[0], [8, 1])
+  np.testing.assert_array_equal(got[1], [[4], [9]])
+  got = run(code_resets.split_most_used, key, counts, table, threshold=5.0)
+  np.testing.assert_array_equal(got[0], counts)  # 4 would be dead again

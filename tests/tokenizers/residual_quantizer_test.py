@@ -128,8 +128,11 @@ def test_one_stage_is_vector_quantisation():
   np.testing.assert_allclose(got.codes, want.codes, atol=1e-6)
   for name in want.losses:
     np.testing.assert_allclose(got.losses[name], want.losses[name], rtol=1e-5)
-  for g, w in zip(after, after_vq, strict=True):
-    np.testing.assert_allclose(g[0], w, rtol=1e-6)
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g[0], w, rtol=1e-6),
+    after,
+    after_vq,
+  )
 
 
 def test_the_beam_finds_what_greed_misses():
@@ -292,3 +295,39 @@ def test_errors():
     quantizer(jnp.ones((2, 5)), state)
   with pytest.raises(ValueError, match="key must be given to train"):
     quantizer(jnp.ones((2, D)), state, train=True)
+
+
+def test_padding_reaches_no_gradient_and_bits_add_up():
+  quantizer, state, x = make(), state_of(tables()), tokens()
+  mask = np.random.default_rng(2).random(x.shape[:-1]) < 0.7
+  x[~mask] = np.nan
+
+  @jax.jit
+  def gradient(x):
+    def total(x):
+      found, _ = quantizer(x, state, mask, train=True)
+      return jnp.sum(found.codes) + sum(found.losses.values())
+
+    return jax.grad(total)(x)
+
+  got = np.asarray(gradient(x))
+  assert np.all(np.isfinite(got)) and not np.any(got[~mask])
+  assert quantizer.num_codes == K
+  assert quantizer.bits_per_vector == pytest.approx(M * np.log2(K))
+
+
+def test_anchors_bring_each_stage_to_what_is_left_for_it():
+  """Of two far points the first stage takes the middle, the second the rest."""
+  settings = {"learning": "gradient", "reset": "anchors"}
+  quantizer = RVQConfig(CodebookConfig(1, 2, **settings), 2).build(nnx.Rngs(0))
+  state = quantizer.init_state(jax.random.key(0))
+  x = np.array([[4.0, 2.0]], np.float32)
+  # Codes in use move by exp(-10) of the way: those of the first step, wholly
+  # unused so far, count as used by it.
+  _, after = call(quantizer, x, state, train=True)
+  start = np.asarray(quantizer.codebooks.codes[...])[:, 0]
+  left = [x[0], x[0] - start[0]]
+  weight = np.exp(-10 - 1e-3)
+  for m in range(2):
+    want = weight * (left[m] - start[m])
+    np.testing.assert_allclose(after.shift[m, 0], want, rtol=1e-3, atol=1e-9)

@@ -156,6 +156,103 @@ def test_other_estimators(estimator):
     assert np.all(of_table > 0)  # of unused codes, too
 
 
+def test_gumbel_draws_a_code_and_has_the_gradient_of_a_soft_choice():
+  tau, key = 0.7, jax.random.key(5)
+  quantizer = make(estimator="gumbel", gumbel_temperature=tau)
+  quantizer, state = spread(quantizer, quantizer.init_state(jax.random.key(0)))
+  x, g = tokens(0, (6, D)), tokens(3, (6, D))
+
+  @jax.jit
+  def both(x):
+    def value(x):
+      found, after = quantizer(x, state, train=True, key=key)
+      return jnp.sum(g * found.codes), (found, after)
+
+    return jax.value_and_grad(value, has_aux=True)(x)
+
+  (_, (found, after)), of_x = both(x)
+  table = np.asarray(quantizer.codebook.codes[...], np.float64)
+  noise = jax.random.gumbel(jax.random.split(key)[0], (6, 1, K))[:, 0]
+  noisy = -((x[:, None] - table) ** 2).sum(-1) + np.asarray(noise, np.float64)
+  index = np.argmax(noisy, -1)
+  np.testing.assert_array_equal(found.indices, index)
+  np.testing.assert_allclose(found.codes, table[index], atol=1e-6)
+  p = np.exp(noisy / tau)
+  p /= p.sum(-1, keepdims=True)
+  worth = g @ table.T
+  of_logits = p * (worth - (p * worth).sum(-1, keepdims=True)) / tau
+  np.testing.assert_allclose(of_x, 2 * of_logits @ table, rtol=2e-4, atol=1e-5)
+  error = ((x - table[index]) ** 2).mean()
+  assert float(found.losses["commitment"]) == pytest.approx(0.25 * error, 1e-5)
+  drawn = np.bincount(index, minlength=K)
+  np.testing.assert_allclose(after.counts, 0.99 + 0.01 * drawn, rtol=1e-6)
+  nearest = call(quantizer, x, state)[0].indices
+  np.testing.assert_array_equal(nearest, np.argmin(
+    ((x[:, None] - table) ** 2).sum(-1), -1))  # fmt: skip
+
+
+def test_anchors_move_codes_as_if_written_into_the_parameter():
+  quantizer = make("gradient", "cosine", codebook={"reset": "anchors"})
+  state = quantizer.init_state(jax.random.key(0))
+  written = np.asarray(quantizer.codebook.codes[...], np.float64)
+  usage, rate = np.zeros(K), 0.5
+
+  @jax.jit
+  def step(quantizer, state, x):
+    def loss(quantizer):
+      found, after = quantizer(x, state, train=True)
+      return sum(found.losses.values()), (found.indices, after)
+
+    (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(quantizer)
+    moved = jax.tree.map(lambda p, g: p - rate * g, quantizer, grads)
+    return moved, *aux
+
+  unit = lambda y: y / np.linalg.norm(y, axis=-1, keepdims=True)  # noqa: E731
+  for seed in range(3):
+    x = 2 * tokens(seed, (5, D))
+    y, table = unit(x.astype(float)), unit(written)
+    index = np.argmin(((y[:, None] - table) ** 2).sum(-1), -1)
+    # Of the codebook loss, through the length.
+    of_table = np.zeros((K, D))
+    for row, k in zip(y, index, strict=True):
+      of_table[k] += 2 * (table[k] - row) / y.size
+    of_codes = of_table - table * (of_table * table).sum(-1, keepdims=True)
+    of_codes /= np.linalg.norm(written, axis=-1, keepdims=True)
+    usage = 0.99 * usage + 0.01 * np.bincount(index, minlength=K) / 5
+    weight = np.exp(-usage * K * 10 / 0.01 - 1e-3)[:, None]
+    near = np.argmin(((table[:, None] - y) ** 2).sum(-1), -1)
+    written = (1 - weight) * written + weight * x[near] - rate * of_codes
+    quantizer, found, state = step(quantizer, state, x)
+    np.testing.assert_array_equal(found, index)
+    table = run(quantizer.codebook.table, state)
+    np.testing.assert_allclose(table, unit(written), atol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "gumbel", "index"])
+def test_padding_reaches_no_gradient(estimator):
+  quantizer = make(estimator=estimator, input_dim=6)
+  quantizer, state = spread(quantizer, quantizer.init_state(jax.random.key(0)))
+  x, mask = tokens(0, (3, 5, 6)), np.random.default_rng(2).random((3, 5)) < 0.6
+  x[~mask] = np.nan
+
+  @jax.jit
+  def gradients(quantizer, x):
+    def total(quantizer, x):
+      found, _ = quantizer(x, state, mask, train=True, key=jax.random.key(1))
+      return jnp.sum(jnp.sin(found.codes)) + sum(found.losses.values())
+
+    return jax.grad(total, argnums=(0, 1))(quantizer, x)
+
+  of_quantizer, of_x = gradients(quantizer, x)
+  assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(of_quantizer))
+  assert np.all(np.isfinite(of_x)) and not np.any(of_x[~mask])
+
+
+def test_bits_of_a_vector():
+  quantizer = VQConfig(CodebookConfig(8, 2), num_heads=3).build(nnx.Rngs(0))
+  assert quantizer.num_codes == 8 and quantizer.bits_per_vector == 9.0
+
+
 def test_heads_share_a_table():
   quantizer = make("ema", num_heads=2)
   one = make("ema")
@@ -276,6 +373,8 @@ def test_bfloat16_in_and_out():
   ({"learning": "ema", "estimator": "index"}, 'got "ema"'),
   ({"learning": "ema", "orthogonality_weight": 1.0}, 'got "ema"'),
   ({"estimator": "rotation", "sample_temperature": 1.0}, "diverges"),
+  ({"estimator": "gumbel", "sample_temperature": 1.0}, "samples by itself"),
+  ({"estimator": "gumbel", "gumbel_temperature": 0.0}, "must be positive"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(settings, message):
   with pytest.raises(ValueError, match=message):
@@ -291,6 +390,9 @@ def test_errors():
     quantizer(jnp.ones((2, 5)), state)
   with pytest.raises(ValueError, match="key must be given to train"):
     quantizer(jnp.ones((2, D)), state, train=True)
+  gumbel = make(estimator="gumbel")
+  with pytest.raises(ValueError, match="key must be given to train"):
+    gumbel(jnp.ones((2, D)), state, train=True)
 
 
 def test_mean_of_what_counts():

@@ -9,7 +9,8 @@ A codebook is a table of K code vectors. Three ways to learn it:
   move together and none dies.
 
 State is passed in and returned. The forward pass takes the codes as they were
-before the step; `update` comes after it.
+before the step; `update` comes after it. What is done about codes that nothing
+chooses any more is in `code_resets`.
 
     codebook = Codebook(CodebookConfig(1024, 8, learning="ema"), rngs=rngs)
     state = codebook.init_state(key)
@@ -19,10 +20,9 @@ before the step; `update` comes after it.
 Sources: moving means, van den Oord, Vinyals, Kavukcuoglu, 2017, "Neural
 Discrete Representation Learning", appendix A.1; "simvq", Zhu et al., 2024,
 "Addressing Representation Collapse in Vector Quantized Models with One Linear
-Layer"; resets from published code: from the batch and its threshold
-(lucidrains/vector-quantize-pytorch), splitting the most used code
-(google-research/big_vision, UViM). Ours: a reset may not be asked of a table
-that an optimiser owns, and draws from the batch of all devices.
+Layer". Ours: no step writes to a table that an optimiser owns. Anchors, which
+published code writes into the parameter, are there a shift that is added to
+it: the codes are the same numbers, and the optimiser keeps its own.
 """
 
 import dataclasses
@@ -35,7 +35,8 @@ from flax import nnx
 
 from tokjax import checks
 from tokjax.ops import clustering, code_usage, similarity
-from tokjax.ops.rows import draw_rows, sum_rows
+from tokjax.ops.rows import sum_rows
+from tokjax.tokenizers import code_resets
 from tokjax.typing import Array, Bool, Float, Int, Key
 
 __all__ = [
@@ -48,7 +49,7 @@ __all__ = [
 
 Learning = Literal["gradient", "ema", "simvq"]
 Metric = Literal["euclidean", "cosine"]
-Reset = Literal["none", "batch", "split"]
+Reset = Literal["none", "batch", "split", "anchors"]
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -61,8 +62,13 @@ class CodebookConfig:
   learning: Learning = "gradient"
   decay: float = 0.99  # of the moving means and counts
   epsilon: float = 1e-5  # smooths the counts that means are divided by
-  reset: Reset = "none"  # how dead codes come back, for "ema" only
+  reset: Reset = "none"  # of dead codes, for "ema"; "anchors" for "gradient"
   reset_threshold: float = 2.0  # moving count below which a code is dead
+
+  @property
+  def needs_key(self) -> bool:
+    """Whether `update` draws at random."""
+    return self.reset in ("batch", "split")
 
 
 class CodebookState(NamedTuple):
@@ -73,11 +79,15 @@ class CodebookState(NamedTuple):
     codes: the table of "ema", the frozen table of "simvq"; None for
       "gradient".
     sums: moving sum of the vectors of each code, of "ema"; else None.
+    usage: moving share of the vectors of each code, for "anchors"; else None.
+    shift: what anchors add to the table of "gradient"; else None.
   """
 
   counts: Float[Array, " K"]
   codes: Float[Array, "K d"] | None = None
   sums: Float[Array, "K d"] | None = None
+  usage: Float[Array, " K"] | None = None
+  shift: Float[Array, "K d"] | None = None
 
 
 class Codebook(nnx.Module):
@@ -114,12 +124,17 @@ class Codebook(nnx.Module):
   def init_state(self, key: Key[Array, ""]) -> CodebookState:
     """The state before the first step; every code counts as used once."""
     config = self.config
-    counts = jnp.ones(config.num_codes)
+    state = CodebookState(jnp.ones(config.num_codes))
+    if config.reset == "anchors":
+      state = state._replace(usage=jnp.zeros(config.num_codes))
     if config.learning == "gradient":
-      return CodebookState(counts)
+      if config.reset == "anchors":
+        shape = config.num_codes, config.dim
+        state = state._replace(shift=jnp.zeros(shape))
+      return state
     codes = _start(key, config)
     ema = config.learning == "ema"
-    return CodebookState(counts, codes, codes if ema else None)
+    return state._replace(codes=codes, sums=codes if ema else None)
 
   def table(self, state: CodebookState) -> Float[Array, "K d"]:
     """The code vectors, float32; of length one for "cosine".
@@ -128,6 +143,8 @@ class Codebook(nnx.Module):
     """
     if self.codes is not None:
       codes = self.codes[...].astype(jnp.float32)
+      if state.shift is not None:
+        codes = codes + jax.lax.stop_gradient(state.shift)
     else:
       codes = jax.lax.stop_gradient(state.codes)
       if self.mix is not None:
@@ -143,12 +160,19 @@ def _check(config):
   checks.one_of(get_args(Reset), reset=config.reset)
   checks.in_range(1, 1 << 30, num_codes=config.num_codes, dim=config.dim)
   checks.in_range(0, 1, decay=config.decay)
-  if config.reset != "none" and config.learning != "ema":
+  fits = {
+    "none": get_args(Learning),
+    "anchors": ("ema", "gradient"),
+  }.get(config.reset, ("ema",))
+  if config.learning not in fits:
+    names = " or ".join(f'"{name}"' for name in fits)
     raise ValueError(
-      f'reset {config.reset!r} needs learning "ema", got {config.learning!r}:'
-      " a table that an optimiser owns is not replaced, and one that moves as"
-      " a whole has no dead codes"
+      f"reset {config.reset!r} needs learning {names}, got"
+      f" {config.learning!r}: a table that an optimiser owns is not replaced,"
+      " and one that moves as a whole has no dead codes"
     )
+  if config.reset == "anchors" and config.decay == 1:
+    raise ValueError('decay must be below 1 for reset "anchors", got 1')
 
 
 def _start(key, config):
@@ -195,7 +219,10 @@ def from_data(
   """
   if config.learning != "ema":
     raise ValueError(f'learning must be "ema", got {config.learning!r}')
-  rows, mask = _rows(x, mask)
+  if mask is None:
+    mask = jnp.ones(x.shape[:-1], bool)
+  checks.same_size(x=x[..., 0].size, mask=mask.size)
+  rows, mask = code_resets.rows_of_all_devices(x, mask)
   if config.metric == "cosine":
     rows = similarity.safe_normalize(rows)
   found = clustering.kmeans(
@@ -218,6 +245,7 @@ def update(
   index: Int[Array, "*batch"],
   *,
   config: CodebookConfig,
+  codes: Float[Array, "K d"] | None = None,
   key: Key[Array, ""] | None = None,
   axis_name: str | None = None,
 ) -> CodebookState:
@@ -227,19 +255,20 @@ def update(
 
   Args:
     state: before the step.
-    x: the vectors that were quantised.
+    x: the vectors that were quantised, before they are normalised.
     index: of their codes; -1 for what does not count.
     config: settings.
-    key: for `reset`.
+    codes: the parameter of "gradient", which `reset` "anchors" needs.
+    key: for `reset` "batch" and "split".
     axis_name: mesh axis over which a `shard_map` cuts the vectors; sums are
       taken over it. Under jit alone sums are over all devices anyway.
 
   Returns:
-    The new state; "gradient" and "simvq" change counts only. No gradient
-    flows.
+    The new state; without anchors "gradient" and "simvq" change counts only.
+    No gradient flows.
 
   Raises:
-    ValueError: if `reset` needs a key and has none.
+    ValueError: if `reset` needs a key or codes and has none.
 
   Example:
     >>> config = CodebookConfig(2, 2, learning="ema", decay=0.9)
@@ -250,107 +279,79 @@ def update(
     >>> state.counts.round(2).tolist()
     [1.0, 1.100000023841858]
   """
-  if config.reset != "none" and key is None:
+  if config.needs_key and key is None:
     raise ValueError(f"key must be given for reset {config.reset!r}, got None")
-  state, x = jax.lax.stop_gradient((state, x))
+  state, x, codes = jax.lax.stop_gradient((state, x, codes))
   hits = code_usage.code_histogram(index, num_codes=config.num_codes)
   if axis_name is not None:
     hits = jax.lax.psum(hits, axis_name)
   counts = config.decay * state.counts + (1 - config.decay) * hits
-  if config.learning != "ema":
-    return state._replace(counts=counts)
-  x = x.astype(jnp.float32)
+  x = jnp.where((index >= 0)[..., None], x.astype(jnp.float32), 0)
+  state = state._replace(counts=counts)
+  if config.learning == "ema":
+    state = _moving_means(state, x, index, config, axis_name)
+  if config.reset == "none":
+    return state
+  rows, mask = code_resets.rows_of_all_devices(x, index >= 0, axis_name)
+  if config.reset == "anchors":
+    return _anchored(state, codes, hits, rows, mask, config)
+  if config.reset == "batch":
+    if config.metric == "cosine":
+      rows = similarity.safe_normalize(rows)
+    counts, codes = code_resets.from_batch(
+      key, state.counts, state.codes, rows, mask,
+      threshold=config.reset_threshold,
+    )  # fmt: skip
+    fresh = (counts != state.counts)[:, None]
+    sums = jnp.where(fresh, codes * counts[:, None], state.sums)
+    return CodebookState(counts, codes, sums)
+  counts, sums = code_resets.split_most_used(
+    key, state.counts, state.sums, threshold=config.reset_threshold
+  )
+  codes = sums / jnp.where(counts > 0, counts, 1)[:, None]
+  if config.metric == "cosine":
+    codes = similarity.safe_normalize(codes)
+  fresh = (counts != state.counts)[:, None]
+  return CodebookState(counts, jnp.where(fresh, codes, state.codes), sums)
+
+
+def _moving_means(state, x, index, config, axis_name):
   if config.metric == "cosine":
     x = similarity.safe_normalize(x)
-  x = jnp.where((index >= 0)[..., None], x, 0)
   seen = sum_rows(x, index, num_rows=config.num_codes)
   if axis_name is not None:
     seen = jax.lax.psum(seen, axis_name)
   sums = config.decay * state.sums + (1 - config.decay) * seen
+  codes = sums / _smooth(state.counts, config)[:, None]
+  if config.metric == "cosine":
+    codes = similarity.safe_normalize(codes)
+  return state._replace(codes=codes, sums=sums)
+
+
+def _smooth(counts, config):
+  """Counts that are never zero, of the same sum."""
   total = jnp.sum(counts)
-  smooth = (counts + config.epsilon) / (
-    total + config.num_codes * config.epsilon
-  )
-  codes = sums / (smooth * total)[:, None]
+  spread = total + config.num_codes * config.epsilon
+  return (counts + config.epsilon) / spread * total
+
+
+def _anchored(state, parameter, hits, rows, mask, config):
+  if config.learning == "ema":
+    codes = state.codes
+  elif parameter is None:
+    raise ValueError('codes must be given for reset "anchors", got None')
+  else:
+    codes = parameter.astype(jnp.float32) + state.shift
+  found = code_resets.toward_anchors(
+    codes, state.usage, hits, rows, mask,
+    decay=config.decay, cosine=config.metric == "cosine",
+  )  # fmt: skip
+  state = state._replace(usage=found.usage)
+  if config.learning == "gradient":
+    return state._replace(shift=state.shift + found.codes - codes)
+  codes = found.codes
   if config.metric == "cosine":
     codes = similarity.safe_normalize(codes)
-  state = CodebookState(counts, codes, sums)
-  if config.reset == "batch":
-    rows, mask = _of_all_devices(x, index >= 0, axis_name)
-    return _reset_from_batch(state, rows, mask, key, config)
-  if config.reset == "split":
-    return _split_most_used(state, key, config)
-  return state
-
-
-def _rows(x, mask):
-  if mask is None:
-    mask = jnp.ones(x.shape[:-1], bool)
-  checks.same_size(x=x[..., 0].size, mask=mask.size)
-  rows = _whole(x).reshape(-1, x.shape[-1]).astype(jnp.float32)
-  mask = _whole(mask).reshape(-1)
-  return jnp.where(mask[:, None], rows, 0), mask
-
-
-def _whole(x):
-  """On every device, where an Explicit mesh has parts of it."""
-  parts = any(axis is not None for axis in jax.typeof(x).sharding.spec)
-  return jax.sharding.reshard(x, jax.P()) if parts else x
-
-
-def _of_all_devices(x, mask, axis_name):
-  """Rows of the whole batch, in order, and whether they count."""
-  x, mask = _rows(x, mask)
-  if axis_name is None:
-    return x, mask
-  size, place = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-
-  def gather(x):  # as a sum, which is known to be the same everywhere
-    whole = jnp.zeros((size, *x.shape), x.dtype).at[place].set(x)
-    return jax.lax.psum(whole, axis_name).reshape(-1, *x.shape[1:])
-
-  return gather(x), gather(mask.astype(jnp.int32)) > 0
-
-
-def _reset_from_batch(state, rows, mask, key, config):
-  """Dead codes become vectors of the batch, with the count that just lives."""
-  fresh = draw_rows(key, rows, mask, number=config.num_codes)
-  dead = (state.counts < config.reset_threshold) & jnp.any(mask)
-  codes = jnp.where(dead[:, None], fresh, state.codes)
-  counts = jnp.where(dead, config.reset_threshold, state.counts)
-  sums = jnp.where(dead[:, None], codes * counts[:, None], state.sums)
-  return CodebookState(counts, codes, sums)
-
-
-def _split_most_used(state, key, config, spread=0.01):
-  """While a code is dead, the most used one gives it half of what it has."""
-
-  def dead(carry):
-    counts, _, step = carry
-    low = jnp.min(counts) < config.reset_threshold
-    can = jnp.max(counts) >= 2 * config.reset_threshold
-    return low & can & (step < config.num_codes)
-
-  def split(carry):
-    counts, sums, step = carry
-    most, least = jnp.argmax(counts), jnp.argmin(counts)
-    factor = jax.random.uniform(
-      jax.random.fold_in(key, step),
-      (config.dim,),
-      minval=1 - spread,
-      maxval=1 + spread,
-    )
-    half, row = counts[most] / 2, sums[most] / 2
-    counts = counts.at[most].set(half).at[least].set(half)
-    sums = sums.at[most].set(row).at[least].set(row * factor)
-    return counts, sums, step + 1
-
-  counts, sums, _ = jax.lax.while_loop(
-    dead, split, (state.counts, state.sums, jnp.int32(0))
-  )
-  changed = counts != state.counts
-  codes = sums / jnp.where(counts > 0, counts, 1)[:, None]
-  if config.metric == "cosine":
-    codes = similarity.safe_normalize(codes)
-  codes = jnp.where(changed[:, None], codes, state.codes)
-  return CodebookState(counts, codes, sums)
+  # What the means go on from.
+  sums = codes * _smooth(state.counts, config)[:, None]
+  return state._replace(codes=codes, sums=sums)

@@ -19,6 +19,7 @@ closest to x, where published code adds up the errors of the stages.
 """
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 import jax
@@ -58,6 +59,10 @@ class RVQConfig:
   dropout_from: int = 0  # in training keep a random number >= this; 0: all
   beam_size: int = 1  # partial sums kept outside of training
 
+  def build(self, rngs: nnx.Rngs) -> "ResidualQuantizer":
+    """The quantizer of these settings."""
+    return ResidualQuantizer(self, rngs=rngs)
+
 
 class ResidualQuantizer(nnx.Module):
   """Sums of codes, one of each table; costs M times a vector quantizer.
@@ -93,6 +98,16 @@ class ResidualQuantizer(nnx.Module):
       self.codebooks = jax.vmap(
         lambda key: Codebook(config.codebook, rngs=nnx.Rngs(key))
       )(keys)
+
+  @property
+  def num_codes(self) -> int:
+    """What an index is below, K of each stage."""
+    return self.config.codebook.num_codes
+
+  @property
+  def bits_per_vector(self) -> float:
+    """log2 of the number of results, M log2 K."""
+    return self.config.num_stages * math.log2(self.num_codes)
 
   def init_state(self, key: Key[Array, ""]) -> CodebookState:
     """States of all stages, stacked unless shared."""
@@ -179,10 +194,9 @@ class ResidualQuantizer(nnx.Module):
     if num_active is None:
       num_active = config.num_stages
       if train and config.dropout_from:
-        num_active = jax.random.randint(
-          keys[0], (), config.dropout_from, config.num_stages + 1
-        )
-    y = x.astype(jnp.float32)
+        num_active = self.draw_num_active(keys[0])
+    # Zero, as NaN would spread through the products of gradients.
+    y = jnp.where(mask[..., None], x.astype(jnp.float32), 0)
     tables = self.tables(state)
     valid = _active(num_active, config.num_stages, mask)
     if config.beam_size > 1 and not train:
@@ -206,6 +220,13 @@ class ResidualQuantizer(nnx.Module):
     found = Quantized(jnp.moveaxis(indices, 0, -1), codes, mask, losses, stats)
     return found, state
 
+  def draw_num_active(self, key: Key[Array, ""]) -> Int[Array, ""]:
+    """The number of stages of a training step, `dropout_from` to all."""
+    config = self.config
+    return jax.random.randint(
+      key, (), config.dropout_from, config.num_stages + 1
+    )
+
   def lookup(
     self,
     indices: Int[Array, "*batch M"],
@@ -228,19 +249,22 @@ class ResidualQuantizer(nnx.Module):
     return jnp.sum(_codes(self.tables(state), indices), axis=0)
 
   def _next_state(self, state, left, indices, key, axis_name):
-    config = self.config.codebook
+    config, codes = self.config.codebook, self.codebooks.codes
+    codes = None if codes is None else codes[...]
     if self.config.shared:
       return update(
-        state, left, indices, config=config, key=key, axis_name=axis_name
-      )
+        state, left, indices, config=config, codes=codes, key=key,
+        axis_name=axis_name,
+      )  # fmt: skip
 
-    def one(state, left, index, key=None):
+    def one(state, left, index, codes, key):
       return update(
-        state, left, index, config=config, key=key, axis_name=axis_name
-      )
+        state, left, index, config=config, codes=codes, key=key,
+        axis_name=axis_name,
+      )  # fmt: skip
 
-    keys = [] if key is None else [jax.random.split(key, len(indices))]
-    return jax.vmap(one)(state, left, indices, *keys)
+    keys = None if key is None else jax.random.split(key, len(indices))
+    return jax.vmap(one)(state, left, indices, codes, keys)
 
 
 def _check(config):
@@ -260,7 +284,7 @@ def _check_call(config, x, train, key):
     raise ValueError(
       f"x must have width {config.codebook.dim}, got shape {x.shape}"
     )
-  random = config.codebook.reset != "none" or config.dropout_from
+  random = config.codebook.needs_key or config.dropout_from
   if train and random and key is None:
     raise ValueError("key must be given to train with these settings, got None")
 

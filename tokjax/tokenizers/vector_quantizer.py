@@ -20,6 +20,7 @@ is `commitment_weight=1, codebook_weight=0.25`.
 """
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 import jax
@@ -42,7 +43,9 @@ from tokjax.typing import Array, Bool, Float, Int, Key
 
 __all__ = ["VQConfig", "VectorQuantizer"]
 
-Estimator = Literal["straight_through", "rotation", "directional", "index"]
+Estimator = Literal[
+  "straight_through", "rotation", "directional", "index", "gumbel"
+]
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -61,14 +64,19 @@ class VQConfig:
   orthogonality_weight: float = 0.0
   sample_temperature: float = 0.0  # of codes drawn in training; 0: the nearest
   directional_variance: float = 5e-3
+  gumbel_temperature: float = 1.0  # of the soft choice that has the gradient
+
+  def build(self, rngs: nnx.Rngs) -> "VectorQuantizer":
+    """The quantizer of these settings."""
+    return VectorQuantizer(self, rngs=rngs)
 
 
 class VectorQuantizer(nnx.Module):
   """Nearest code of a learned table, with its losses.
 
   Costs 2 N K d FLOPs to find the codes of N vectors, and as many bytes as they
-  and the table have; the entropy loss, sampling and the "index" estimator hold
-  N x K numbers besides.
+  and the table have; the entropy loss, sampling and the "index" and "gumbel"
+  estimators hold N x K numbers besides.
 
   Attributes:
     config: its settings.
@@ -108,6 +116,16 @@ class VectorQuantizer(nnx.Module):
     self.project_in = matrix(config.input_dim, width)
     self.project_out = matrix(width, config.input_dim)
 
+  @property
+  def num_codes(self) -> int:
+    """What an index is below, K."""
+    return self.config.codebook.num_codes
+
+  @property
+  def bits_per_vector(self) -> float:
+    """log2 of the number of results, heads log2 K."""
+    return self.config.num_heads * math.log2(self.num_codes)
+
   def init_state(self, key: Key[Array, ""]) -> CodebookState:
     """The codebook's state before the first step."""
     return self.codebook.init_state(key)
@@ -132,7 +150,7 @@ class VectorQuantizer(nnx.Module):
       train: static; False leaves the state as it is and returns codes that
         are the table's, without estimator.
       key: for what is random in training: resets, sampled codes, the
-        "directional" estimator.
+        "directional" and "gumbel" estimators.
       axis_name: mesh axis over which a `shard_map` cuts the batch; losses,
         statistics and state are those of the whole batch.
 
@@ -149,9 +167,21 @@ class VectorQuantizer(nnx.Module):
     if mask is None:
       mask = jnp.ones(x.shape[:-1], bool)
     keys = [None] * 2 if key is None else jax.random.split(key)
-    y, mask_of_heads = self._inward(x, mask)
+    raw, mask_of_heads = self._inward(x, mask)
+    y = raw
+    if config.codebook.metric == "cosine":
+      y = similarity.safe_normalize(y)
     table = self.codebook.table(state)
-    if train and config.sample_temperature:
+    z = None
+    if train and config.estimator == "gumbel":
+      z, index = estimators.gumbel_codes(
+        keys[0],
+        _similarity(y, table),
+        table,
+        temperature=config.gumbel_temperature,
+      )
+      index = jnp.where(mask_of_heads, index, -1)
+    elif train and config.sample_temperature:
       logits = _similarity(y, table) / config.sample_temperature
       index = jax.random.categorical(keys[0], jax.lax.stop_gradient(logits))
       index = jnp.where(mask_of_heads, index, -1).astype(jnp.int32)
@@ -159,13 +189,20 @@ class VectorQuantizer(nnx.Module):
       index = nearest_code(y, table, mask_of_heads)
     q = take_rows(table, index)
     losses = self._losses(y, q, table, mask_of_heads, axis_name)
-    z = q
-    if train:
-      z = _estimate(config, keys[0], y, q, table)
+    if not train:
+      z = q
+    else:
+      z = _estimate(config, keys[0], y, q, table) if z is None else z
+      codes = self.codebook.codes
       state = update(
-        state, y, index, config=config.codebook, key=keys[1],
+        state,
+        raw,
+        index,
+        config=config.codebook,
+        codes=None if codes is None else codes[...],
+        key=keys[1],
         axis_name=axis_name,
-      )  # fmt: skip
+      )
     found = Quantized(
       index if config.num_heads > 1 else index[..., 0],
       self._outward(z, mask, x.dtype),
@@ -188,12 +225,11 @@ class VectorQuantizer(nnx.Module):
   def _inward(self, x, mask):
     """[*batch, D] -> [*batch, heads, d] in float32, and the mask of each."""
     heads, dim = self.config.num_heads, self.config.codebook.dim
-    y = x.astype(jnp.float32)
+    # Zero, as NaN would spread through the products of gradients.
+    y = jnp.where(mask[..., None], x.astype(jnp.float32), 0)
     if self.project_in is not None:
       y = y @ self.project_in[...].astype(jnp.float32)
     y = y.reshape(*x.shape[:-1], heads, dim)
-    if self.config.codebook.metric == "cosine":
-      y = similarity.safe_normalize(y)
     return y, jnp.broadcast_to(mask[..., None], y.shape[:-1])
 
   def _outward(self, z, mask, dtype):
@@ -241,10 +277,15 @@ def _check(config):
       "orthogonality_weight needs a table with gradients, so learning must be"
       ' "gradient" or "simvq", got "ema"'
     )
+  if config.gumbel_temperature <= 0:
+    raise ValueError(
+      f"gumbel_temperature must be positive, got {config.gumbel_temperature}"
+    )
   if config.sample_temperature and config.estimator != "straight_through":
     raise ValueError(
       'sampled codes go with estimator "straight_through" only, got'
-      f" {config.estimator!r}: a rotation to a far code diverges"
+      f" {config.estimator!r}: a rotation to a far code diverges, and"
+      ' "gumbel" samples by itself'
     )
 
 
@@ -253,9 +294,9 @@ def _check_call(config, x, train, key):
   if x.shape[-1] != width:
     raise ValueError(f"x must have width {width}, got shape {x.shape}")
   random = (
-    config.codebook.reset != "none"
+    config.codebook.needs_key
     or config.sample_temperature
-    or config.estimator == "directional"
+    or config.estimator in ("directional", "gumbel")
   )
   if train and random and key is None:
     raise ValueError("key must be given to train with these settings, got None")
