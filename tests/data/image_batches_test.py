@@ -1,10 +1,11 @@
-"""Labelled images and their augmented batches."""
+"""Images, with and without labels, and their augmented batches."""
 
 import numpy as np
 import pytest
 
 from tokjax.data import image_batches
 from tokjax.data.image_batches import ImageSet
+from tokjax.data.image_crops import RandomResizedCrop
 
 
 def images(count=10, side=6):
@@ -78,8 +79,43 @@ def test_shifts_move_by_every_offset_and_fill_with_black():
   assert len(seen) == 9
 
 
-def test_processes_share_one_batch():
+def test_images_without_labels():
+  data = images()
+  settings = {"batch_size": 4, "seed": 0, "shift": 1, "flip": True}
+  want = image_batches.build(data, **settings)[3]
+  bare = ImageSet(data.images)
+  assert bare.num_images == 10 and bare.labels is None
+  found = image_batches.build(bare, **settings)[3]
+  assert found.keys() == {"images"}
+  np.testing.assert_array_equal(found["images"], want["images"])
+
+
+def test_crops_of_images_of_any_size():
+  """Every batch holds crops of the images of its rows; seeds change them."""
+  ragged = [np.full((5 + i, 9 - i, 3), i, np.uint8) for i in range(4)]
+  ragged[3] = images(count=1, side=8).images[0]
+  data = ImageSet(ragged, np.arange(4), ("a", "b", "c", "d"))
+  crop = RandomResizedCrop(4)
+  seen = []
+  for seed in (0, 0, 1):
+    batches = image_batches.build(data, batch_size=2, seed=seed, crop=crop)
+    for step in range(6):
+      batch = batches[step]
+      assert batch["images"].shape == (2, 4, 4, 3)
+      for image, label in zip(batch["images"], batch["labels"], strict=True):
+        if label < 3:  # of one colour
+          assert (image == label).all()
+        else:
+          seen.append(image)
+  assert len(seen) == 9
+  np.testing.assert_array_equal(seen[:3], seen[3:6])
+  assert len({x.tobytes() for x in seen[3:]}) == 6
+
+
+@pytest.mark.parametrize("crop", [None, RandomResizedCrop(4)])
+def test_processes_share_one_batch(crop):
   settings = {"batch_size": 4, "seed": 2, "shift": 1, "flip": True}
+  settings["crop"] = crop
   whole = image_batches.build(images(), **settings)
   parts = [
     image_batches.build(images(), process_index=i, process_count=2, **settings)
@@ -97,6 +133,7 @@ def test_processes_share_one_batch():
   [
     ({"images": np.zeros((2, 4, 4, 3))}, "images must be uint8, got float64"),
     ({"images": np.zeros((2, 4, 4), np.uint8)}, "images must have 4 axes"),
+    ({"images": []}, "images must hold at least one image"),
     ({"labels": np.array([0])}, "images=2, labels=1"),
     ({"labels": np.array([0.0, 1.0])}, "labels must be integers"),
     ({"labels": np.array([0, 2])}, "largest_label must lie in 0..1, got 2"),
@@ -123,9 +160,16 @@ def test_sets_are_checked(changes, message):
     ({"process_count": 3}, "batch_size must be a multiple of 3"),
     ({"process_index": 1}, "process_index must lie in 0..0"),
     ({"num_epochs": 0}, "num_epochs must lie in 1"),
+    ({"crop": RandomResizedCrop(4), "shift": 4}, "shift must lie in 0..3"),
   ],
 )
 def test_settings_are_checked(changes, message):
   settings = {"batch_size": 4, "seed": 0, **changes}
   with pytest.raises(ValueError, match=message):
     image_batches.build(images(), **settings)
+
+
+def test_images_of_any_size_need_a_crop():
+  data = ImageSet([np.zeros((4, 5, 3), np.uint8)])
+  with pytest.raises(ValueError, match="crop must be set"):
+    image_batches.build(data, batch_size=1, seed=0)

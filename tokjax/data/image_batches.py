@@ -1,4 +1,4 @@
-"""Labelled images in memory, and the augmented batches of all steps.
+"""Images, with or without labels, and the augmented batches of all steps.
 
 What a step sees depends on the seed and the step alone: a resumed run goes on
 with the images, crops and flips that the uninterrupted one would have had.
@@ -6,22 +6,26 @@ with the images, crops and flips that the uninterrupted one would have had.
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 
 import grain
 import numpy as np
 
 from tokjax import checks
+from tokjax.data.image_crops import RandomResizedCrop
 
 __all__ = ["ImageSet", "build"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
-  """Images of one size with a class each. Checked when it is made.
+  """Images, and a class for each or for none. Checked when it is made.
 
   Attributes:
-    images: uint8 [n, height, width, C].
-    labels: integers [n], rows of `classes`.
+    images: uint8 [n, height, width, C]; or a sequence of uint8 [height, width,
+      3] of any size, read when they are asked for, which only crops make a
+      batch of.
+    labels: integers [n], rows of `classes`; None for images without a class.
     classes: their names.
 
   Raises:
@@ -34,20 +38,23 @@ class ImageSet:
     2
   """
 
-  images: np.ndarray
-  labels: np.ndarray
-  classes: tuple[str, ...]
+  images: np.ndarray | Sequence[np.ndarray]
+  labels: np.ndarray | None = None
+  classes: tuple[str, ...] = ()
 
   def __post_init__(self):
-    checks.has_rank(4, images=self.images)
+    if not len(self.images):
+      raise ValueError("images must hold at least one image")
+    if isinstance(self.images, np.ndarray):
+      checks.has_rank(4, images=self.images)
+      if self.images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8, got {self.images.dtype}")
+    if self.labels is None:
+      return
     checks.has_rank(1, labels=self.labels)
     checks.same_size(images=len(self.images), labels=len(self.labels))
-    if self.images.dtype != np.uint8:
-      raise ValueError(f"images must be uint8, got {self.images.dtype}")
     if not np.issubdtype(self.labels.dtype, np.integer):
       raise ValueError(f"labels must be integers, got {self.labels.dtype}")
-    if not len(self.labels):
-      raise ValueError("images must hold at least one image")
     last = len(self.classes) - 1
     checks.in_range(0, last, smallest_label=int(self.labels.min()))
     checks.in_range(0, last, largest_label=int(self.labels.max()))
@@ -55,7 +62,7 @@ class ImageSet:
   @property
   def num_images(self) -> int:
     """Number of images."""
-    return len(self.labels)
+    return len(self.images)
 
 
 def build(
@@ -63,6 +70,7 @@ def build(
   *,
   batch_size: int,
   seed: int,
+  crop: RandomResizedCrop | None = None,
   shift: int = 0,
   flip: bool = False,
   num_epochs: int | None = None,
@@ -71,15 +79,17 @@ def build(
 ) -> grain.MapDataset:
   """The batches of all steps, made when they are asked for.
 
-  Item `step` holds `images` uint8 [B, height, width, C] and `labels` int32
-  [B]. An epoch is images // batch_size steps in a new order; what does not
-  fill a batch is left out of it.
+  Item `step` holds `images` uint8 [B, height, width, C] and, of a set that has
+  them, `labels` int32 [B]. An epoch is images // batch_size steps in a new
+  order; what does not fill a batch is left out of it.
 
   Args:
     data: the images.
     batch_size: images of a step over all processes, a multiple of
       `process_count`.
     seed: of all orders and draws.
+    crop: what is cut out of each image, before it is moved or mirrored; None
+      takes images whole, which must be an array then.
     shift: each image is moved by up to so many pixels along both axes, the
       same as padding with black and cutting at random; 0 does not move.
     flip: mirror every other image, at random.
@@ -91,7 +101,8 @@ def build(
     A `grain.MapDataset` of batch_size / process_count rows per batch.
 
   Raises:
-    ValueError: for settings out of range.
+    ValueError: for settings out of range, or images of any size without
+      `crop`.
 
   Example:
     >>> few = ImageSet(np.zeros((6, 4, 4, 3), np.uint8), np.arange(6) % 2,
@@ -103,7 +114,12 @@ def build(
   """
   checks.in_range(1, data.num_images, batch_size=batch_size)
   checks.in_range(0, float("inf"), seed=seed)
-  checks.in_range(0, min(data.images.shape[1:3]) - 1, shift=shift)
+  if crop is not None:
+    checks.in_range(0, crop.size - 1, shift=shift)
+  elif isinstance(data.images, np.ndarray):
+    checks.in_range(0, min(data.images.shape[1:3]) - 1, shift=shift)
+  else:
+    raise ValueError("crop must be set for images that are no array")
   checks.in_range(0, process_count - 1, process_index=process_index)
   checks.divisible(process_count, batch_size=batch_size)
   per_epoch = data.num_images // batch_size
@@ -117,7 +133,18 @@ def build(
     order = np.random.default_rng([seed, epoch]).permutation(data.num_images)
     start = place * batch_size + first
     rows = order[start : start + share]
-    images = data.images[rows]
+    if crop is None:
+      images = data.images[rows]
+    else:
+      images = np.stack(
+        [
+          crop.random_map(
+            data.images[row],
+            np.random.default_rng([seed, epoch, place + 1, first + i + 1]),
+          )
+          for i, row in enumerate(rows)
+        ]
+      )
     # All processes draw for the whole batch and take their own.
     rng = np.random.default_rng([seed, epoch, place + 1])
     mirrored = rng.random(batch_size)[first : first + share] < 0.5
@@ -128,7 +155,10 @@ def build(
       )
     if shift:
       images = _moved(images, moves[first : first + share], shift)
-    return {"images": images, "labels": data.labels[rows].astype(np.int32)}
+    batch = {"images": images}
+    if data.labels is not None:
+      batch["labels"] = data.labels[rows].astype(np.int32)
+    return batch
 
   num_steps = sys.maxsize if num_epochs is None else num_epochs * per_epoch
   return grain.MapDataset.range(num_steps).map(make)
