@@ -1,8 +1,8 @@
 """`tokjax train`: trains as a config file says, and saves the model.
 
 The folder of the run holds the checkpoints and metrics of the loop, the
-settings (`run.json`), and in `model/` what `tokjax index --model`, or of an
-image encoder `tokjax reduce --model`, takes.
+settings (`run.json`), and in `model/` what `tokjax index --model` takes, of an
+image encoder `tokjax reduce --model`, of a tokenizer `tokjax tokenize --model`.
 """
 
 import argparse
@@ -26,11 +26,16 @@ from tokjax.train import (
   image_classification,
   ranking_evaluation,
   retrieval_run,
+  tokenizer_run,
 )
 
 __all__ = ["main", "run", "settings"]
 
-Run = retrieval_run.RetrievalRun | image_classification.ImageRun
+Run = (
+  retrieval_run.RetrievalRun
+  | image_classification.ImageRun
+  | tokenizer_run.TokenizerRun
+)
 
 _OVERRIDES = """\
 settings are overridden by name:
@@ -91,8 +96,8 @@ def run(config: Run) -> pathlib.Path:
   folder = files.local_folder(
     **{"--out or config.trainer.folder": config.trainer.folder}
   )
-  images = isinstance(config, image_classification.ImageRun)
-  asked = None if images else _evaluator(config)
+  texts = isinstance(config, retrieval_run.RetrievalRun)
+  asked = _evaluator(config) if texts else None
   folder.mkdir(parents=True, exist_ok=True)
   record = {
     "config": dataclasses.asdict(config),
@@ -103,27 +108,37 @@ def run(config: Run) -> pathlib.Path:
   if first:
     with files.replacing(folder / "run.json") as aside:
       aside.write_text(json.dumps(record, indent=1))
-  if images:
-    trained_model, trained = image_classification.train(config)
-  else:
-    trained_model, trained = retrieval_run.train(config, evaluate=asked)
-  if trained.preempted:
+  model = folder / "model"
+  preempted, save = _train(config, asked, model)
+  if preempted:
     if first:
       print(f"stopped and saved in {folder}; call again to go on", flush=True)
     return folder
-  model = folder / "model"
   if first:
-    (vit_weights if images else saving).save(model, trained_model)
+    save()
   multihost_utils.sync_global_devices("model saved")
   return model
+
+
+def _train(config, asked, model):
+  """Whether it was stopped, and what writes the model to its folder."""
+  if isinstance(config, tokenizer_run.TokenizerRun):
+    done = tokenizer_run.train(config)
+    path = model / "tokenizer.safetensors"
+    return done.run.preempted, lambda: tokenizer_run.save(path, done)
+  if isinstance(config, image_classification.ImageRun):
+    found, trained = image_classification.train(config)
+    return trained.preempted, lambda: vit_weights.save(model, found)
+  found, trained = retrieval_run.train(config, evaluate=asked)
+  return trained.preempted, lambda: saving.save(model, found)
 
 
 def main(argv: list[str]) -> int:
   """Trains; see `tokjax train --help`."""
   parser = argparse.ArgumentParser(
     prog="tokjax train",
-    description="Trains a retriever or an image encoder as a config file of"
-    " configs/ says.",
+    description="Trains a retriever, an image encoder or a tokenizer as a"
+    " config file of configs/ says.",
     epilog=_OVERRIDES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

@@ -22,10 +22,13 @@ from flax import nnx
 
 from tokjax import checks
 from tokjax.data import cifar10, image_batches
+from tokjax.eval import image_quality
 from tokjax.models import arrays, vit, vit_weights
-from tokjax.tokenizers.types import Reconstructed
+from tokjax.tokenizers import adversarial
+from tokjax.tokenizers.adversarial import AdversarialConfig
+from tokjax.tokenizers.discriminator import Discriminator, DiscriminatorConfig
 from tokjax.train import image_classification, loop
-from tokjax.typing import Array, Float, UInt8
+from tokjax.typing import Array, Float, Int, UInt8
 
 __all__ = [
   "TokenizerRun",
@@ -49,6 +52,10 @@ class TokenizerRun:
   batch_size: int = 64  # images of a step, over all devices and processes
   shift: int = 0  # pixels an image is moved at most
   flip: bool = True  # mirror every other image
+  adversarial: AdversarialConfig | None = None  # None: no such loss
+  discriminator: DiscriminatorConfig = dataclasses.field(
+    default_factory=DiscriminatorConfig
+  )
   trainer: loop.TrainConfig = dataclasses.field(
     default_factory=lambda: loop.TrainConfig(num_steps=1000)
   )
@@ -75,10 +82,21 @@ class _Buffers(NamedTuple):
   Attributes:
     state: of the tokenizer.
     teacher: the frozen encoder, None without one.
+    game: of the adversarial loss.
+    step: updates done.
   """
 
   state: Any
   teacher: vit.Vit | None
+  game: adversarial.AdversarialState
+  step: Int[Array, ""]
+
+
+class _Model(NamedTuple):
+  """What is trained; no discriminator without an adversarial loss."""
+
+  tokenizer: Any
+  discriminator: Discriminator | None
 
 
 def train(run: TokenizerRun) -> Trained:
@@ -96,12 +114,12 @@ def train(run: TokenizerRun) -> Trained:
   """
   data, test = cifar10.load(run.data)
   tokenizer, state = _build(run)
-  teacher = vit_weights.load(run.teacher) if run.teacher else None
-  if ("features" in tokenizer.reads) != (teacher is not None):
+  if ("features" in tokenizer.reads) != bool(run.teacher):
     raise ValueError(
       "teacher must name a folder exactly if the tokenizer reads features; it "
       f"reads {tokenizer.reads}, got {run.teacher!r}"
     )
+  teacher = vit_weights.load(run.teacher) if run.teacher else None
   batches = image_batches.build(
     data,
     batch_size=run.batch_size,
@@ -111,29 +129,66 @@ def train(run: TokenizerRun) -> Trained:
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  buffers = _Buffers(state, teacher)
+  model = _Model(tokenizer, _discriminator(run, tokenizer))
+  buffers = _Buffers(state, teacher, adversarial.init_state(), jnp.int32(0))
   trained = loop.train(
-    tokenizer,
-    _loss,
+    model,
+    functools.partial(_loss, run.adversarial),
     iter(batches.to_iter_dataset(image_classification.READING)),
     run.trainer,
     key=jax.random.fold_in(jax.random.key(run.seed), 1),
     buffers=buffers,
     evaluate=lambda model, held, step: evaluate(
-      model, held.state, test.images, teacher=held.teacher
+      model.tokenizer, held.state, test.images, teacher=held.teacher
     ),
   )
   averaged = run.trainer.average_decay
   model = trained.state.average if averaged else trained.state.model
-  return Trained(model, trained.state.buffers.state, trained)
+  held = trained.state.buffers
+  if not trained.metrics and not trained.preempted:  # nothing was left to do
+    found = evaluate(
+      model.tokenizer, held.state, test.images, teacher=held.teacher
+    )
+    trained = trained._replace(metrics=found)
+  return Trained(model.tokenizer, held.state, trained)
 
 
-def _loss(model, buffers, batch, key):
-  inputs = _inputs(model, buffers.teacher, batch["images"])
-  found, state = model(*inputs, buffers.state, train=True, key=key)
-  metrics = {**found.stats, **found.losses}
-  loss = sum(found.losses.values(), jnp.float32(0))
-  return loss, metrics, buffers._replace(state=state)
+def _discriminator(run, tokenizer):
+  if run.adversarial is None:
+    return None
+  if "images" not in tokenizer.reads:
+    raise ValueError(
+      "adversarial must be None for a tokenizer that reads "
+      f"{tokenizer.reads}, got {run.adversarial}"
+    )
+  key = jax.random.fold_in(jax.random.key(run.seed), 2)
+  return jax.jit(lambda: Discriminator(run.discriminator, rngs=nnx.Rngs(key)))()
+
+
+def _loss(config, model, buffers, batch, key):
+  inputs = _inputs(model.tokenizer, buffers.teacher, batch["images"])
+  found, state = model.tokenizer(*inputs, buffers.state, train=True, key=key)
+  losses, metrics = found.losses, {**found.stats, **found.losses}
+  buffers = buffers._replace(state=state)
+  if config is not None:
+    images = image_classification.pixels(batch["images"])
+    sides, game = adversarial.losses(
+      config,
+      model.discriminator,
+      images,
+      found.output,
+      buffers.game,
+      step=buffers.step,
+    )
+    losses = {
+      **losses,
+      "generator": sides.generator,
+      "discriminator": sides.discriminator,
+    }
+    metrics = {**metrics, **sides.stats, **losses}
+    buffers = buffers._replace(game=game)
+  loss = sum(losses.values(), jnp.float32(0))
+  return loss, metrics, buffers._replace(step=buffers.step + 1)
 
 
 def _inputs(model, teacher, raw):
@@ -184,16 +239,17 @@ def evaluate(
     state: of its codebooks.
     images: 8-bit.
     teacher: the encoder whose features it reads, if it does.
-    batch_size: images at a time; what fills no batch is left out.
+    batch_size: images at a time, at most; what fills no batch is left out.
 
   Returns:
     Means over the batches of `stats` and `losses` of the tokenizer, and
     "psnr" in dB, mean over images, if the output is images.
 
   Raises:
-    ValueError: if there are fewer images than one batch.
+    ValueError: if there are no images.
   """
-  checks.in_range(1, len(images), batch_size=batch_size)
+  checks.in_range(1, float("inf"), num_images=len(images))
+  batch_size = min(batch_size, len(images))
   rows = []
   for start in range(0, len(images) - batch_size + 1, batch_size):
     chosen = images[start : start + batch_size]
@@ -207,15 +263,10 @@ def _measure(model, state, teacher, raw) -> Mapping[str, Array]:
   found, _ = model(*inputs, state)
   measured = {**found.stats, **found.losses}
   if found.output.shape == raw.shape:
-    measured["psnr"] = _psnr(image_classification.pixels(raw), found)
+    images, output = raw / 255, (jnp.clip(found.output, -1, 1) + 1) / 2
+    psnr = image_quality.psnr(images, output.astype(jnp.float32))
+    measured["psnr"] = jnp.mean(psnr)
   return measured
-
-
-def _psnr(images, found: Reconstructed):
-  """Mean over images, of pixels in 0..1 cut to that range."""
-  output = jnp.clip(found.output.astype(jnp.float32), -1, 1)
-  error = jnp.mean(jnp.square(images - output) / 4, axis=(1, 2, 3))
-  return jnp.mean(-10 * jnp.log10(jnp.maximum(error, 1e-10)))
 
 
 def save(path: str, trained: Trained) -> None:
