@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from tokjax.typing import Array, Float
 
-__all__ = ["safe_normalize"]
+__all__ = ["cosine", "safe_normalize"]
 
 
 def safe_normalize(
@@ -43,3 +43,25 @@ def safe_normalize(
   scale = jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
   nonzero = largest * jnp.sqrt(jax.lax.stop_gradient(square)) > epsilon
   return jnp.where(nonzero, scaled * scale, 0).astype(x.dtype)
+
+
+def cosine(
+  x: Float[Array, "*batch D"], y: Float[Array, "*batch D"]
+) -> Float[Array, "*batch"]:
+  """Cosines of pairs of vectors, float32; 0 where one of them is zero.
+
+  Args:
+    x: vectors.
+    y: one for each of them.
+
+  Returns:
+    In -1..1.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> x, y = jnp.array([3.0, 4.0]), jnp.array([1.0, 0.0])
+    >>> round(cosine(x, y).item(), 4)
+    0.6
+  """
+  x, y = (safe_normalize(a.astype(jnp.float32)) for a in (x, y))
+  return jnp.sum(x * y, axis=-1)

@@ -10,7 +10,7 @@ Shazeer, 2020, "GLU variants improve Transformer".
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,14 @@ from flax import nnx
 
 from tokjax import checks
 from tokjax.ops import attention
-from tokjax.typing import Array, Bool, Float
+from tokjax.typing import Array, Bool, Float, Int
 
 __all__ = [
   "Attention",
   "Block",
+  "Cache",
   "Mlp",
+  "TaskLayer",
   "Transformer",
   "TransformerConfig",
   "layer_norm",
@@ -49,6 +51,20 @@ class TransformerConfig:
   norm_output: bool = True  # a last layer norm
   norm_epsilon: float = 1e-5
   init_scale: float = 0.02  # of the weights
+
+
+class Cache(NamedTuple):
+  """Keys and values of the tokens that `Transformer.step` has seen.
+
+  Attributes:
+    keys: of all layers; rows from `length` on are not read.
+    values: likewise.
+    length: tokens so far.
+  """
+
+  keys: Float[Array, "L B H N d"]
+  values: Float[Array, "L B H N d"]
+  length: Int[Array, ""]
 
 
 class Transformer(nnx.Module):
@@ -123,6 +139,54 @@ class Transformer(nnx.Module):
     x, _ = jax.lax.scan(step, x, self.blocks)
     return (x if self.norm is None else self.norm(x)).astype(kept)
 
+  def init_cache(self, batch_size: int, num_tokens: int) -> Cache:
+    """Room for so many tokens of `step`."""
+    config = self.config
+    shape = (
+      config.num_layers,
+      batch_size,
+      config.num_heads,
+      num_tokens,
+      config.width // config.num_heads,
+    )
+    dtype = self.blocks.mlp.up.kernel[...].dtype
+    zeros = jnp.zeros(shape, dtype)
+    return Cache(zeros, zeros, jnp.int32(0))
+
+  def step(
+    self, x: Float[Array, "B 1 D"], cache: Cache
+  ) -> tuple[Float[Array, "B 1 D"], Cache]:
+    """The next token under a causal mask, as the whole sequence gives it.
+
+    Args:
+      x: the token.
+      cache: of those before it; has room left. Blocks with a context have no
+        such form.
+
+    Returns:
+      The token after the last block, and the cache with it.
+    """
+    kept, dtype = x.dtype, self.blocks.mlp.up.kernel[...].dtype
+    place = cache.length
+    readable = jnp.arange(cache.keys.shape[3])[None] <= place
+
+    def one(x, each):
+      block, keys, values = each
+      y = block.norm_attention(x).astype(dtype)
+      q, k, v = block.attention.heads(y, y)
+      keys = jax.lax.dynamic_update_slice_in_dim(keys, k, place, axis=2)
+      values = jax.lax.dynamic_update_slice_in_dim(values, v, place, axis=2)
+      mixed = attention.attend(q, keys, values, readable)
+      x = x + block.attention.join(mixed)
+      x = x + block.mlp(block.norm_mlp(x).astype(dtype))
+      return x, (keys, values)
+
+    x, (keys, values) = jax.lax.scan(
+      one, x.astype(dtype), (self.blocks, cache.keys, cache.values)
+    )
+    x = (x if self.norm is None else self.norm(x)).astype(kept)
+    return x, Cache(keys, values, place + 1)
+
 
 class Block(nnx.Module):
   """Attention to itself, to a context if there is one, and an MLP.
@@ -187,14 +251,28 @@ class Attention(nnx.Module):
   ) -> Float[Array, "B N D"]:
     """What each token of x reads in the context."""
     mask = None if mask is None else jnp.asarray(mask)
-    q, k, v = self.query(x), self.key(context), self.value(context)
-    mixed = attention.attend(*(self._heads(y) for y in (q, k, v)), mask)
+    return self.join(attention.attend(*self.heads(x, context), mask))
+
+  def heads(
+    self, x: Float[Array, "B N D"], context: Float[Array, "B M C"]
+  ) -> tuple[
+    Float[Array, "B H N d"], Float[Array, "B H M d"], Float[Array, "B H M d"]
+  ]:
+    """Queries of x, keys and values of the context."""
+
+    def split(y):
+      return y.reshape(*y.shape[:2], self.num_heads, -1).swapaxes(1, 2)
+
+    return (
+      split(self.query(x)),
+      split(self.key(context)),
+      split(self.value(context)),
+    )
+
+  def join(self, mixed: Float[Array, "B H N d"]) -> Float[Array, "B N D"]:
+    """The output of all heads together."""
     mixed = mixed.swapaxes(1, 2)  # [B, N, H, d]
     return self.out(mixed.reshape(*mixed.shape[:2], -1))
-
-  def _heads(self, x):
-    """[B, N, D] -> [B, H, N, d]."""
-    return x.reshape(*x.shape[:2], self.num_heads, -1).swapaxes(1, 2)
 
 
 class Mlp(nnx.Module):
@@ -218,6 +296,32 @@ class Mlp(nnx.Module):
     if self.gate is None:
       return self.down(jax.nn.gelu(y, approximate=False))
     return self.down(jax.nn.silu(self.gate(x)) * y)
+
+
+class TaskLayer(nnx.Module):
+  """W2 tanh(W1 x), which several tokenizers have on both sides of their codes.
+
+  Args:
+    config: the initial weights.
+    inputs: width of x and of what is inside.
+    outputs: width of the result.
+    rngs: seeds the parameters.
+  """
+
+  def __init__(
+    self,
+    config: TransformerConfig,
+    inputs: int,
+    outputs: int,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.inner = linear(config, inputs, inputs, rngs)
+    self.outer = linear(config, inputs, outputs, rngs)
+
+  def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C2"]:
+    """Each vector by itself."""
+    return self.outer(jnp.tanh(self.inner(x)))
 
 
 def linear(

@@ -1,0 +1,46 @@
+"""Contracts of LaVIT and of attention under policies."""
+
+import jax
+from flax import nnx
+
+from tests.contracts import harness
+from tests.contracts.harness import Case
+from tests.tokenizers.tiny_tokenizer import quantizer
+from tokjax.ops.policy_attention import policy_attention
+from tokjax.tokenizers.lavit import LavitConfig
+
+
+def features(seed):
+  return (jax.random.normal(jax.random.key(seed), (8, 6, 8)),)
+
+
+def tokenized(x):
+  # Built inside, so that the weights live on the mesh of the inputs.
+  config = LavitConfig(8, 6, 4, 1, 2, 2.0, quantizer("ema"), stage="merge")
+  tokenizer = config.build(nnx.Rngs(0))
+  state = tokenizer.init_state(jax.random.key(1))
+  return tokenizer(x, state, train=True, key=jax.random.key(2))
+
+
+def encoded(x):
+  config = LavitConfig(8, 6, 4, 1, 2, 2.0, quantizer("ema"))
+  tokenizer = config.build(nnx.Rngs(0))
+  state = tokenizer.init_state(jax.random.key(1))
+  return tokenizer.encode(x, state)[1]
+
+
+def attended(x):
+  heads = x.reshape(*x.shape[:2], 2, 4).swapaxes(1, 2)
+  return policy_attention(heads, heads, heads, x[:, :, :6] ** 2)
+
+
+CASES = [
+  Case("policy-attention", attended, features, (0,), (0,)),
+  Case("lavit", tokenized, features, (0,), (0,)),
+  Case("lavit-encoded", encoded, features, (0,), ()),
+]
+
+
+@harness.all_checks(CASES)
+def test_contract(check, case):
+  check(case)
