@@ -1,0 +1,86 @@
+"""Contracts of SEED and its parts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tests.contracts import harness
+from tests.contracts.harness import Case
+from tests.tokenizers.filled_module import filled
+from tokjax.ops import attention_masks
+from tokjax.ops.contrastive import contrastive_loss
+from tokjax.tokenizers.codebook import CodebookConfig
+from tokjax.tokenizers.language_ids import from_language, to_language
+from tokjax.tokenizers.q_former import QFormerConfig
+from tokjax.tokenizers.seed import SeedConfig
+
+FORMER = QFormerConfig(8, 1, 2, num_queries=3, context_dim=6, read_every=1)
+REVERSE = QFormerConfig(8, 1, 2, num_queries=1, context_dim=8, read_every=1)
+CONFIG = SeedConfig(
+  FORMER, CodebookConfig(6, 4, learning="ema"), 1, 1, REVERSE, embed_dim=4,
+  other_dim=4, projection_dim=5,
+)  # fmt: skip
+
+
+def inputs(seed):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  x = jax.random.normal(keys[0], (8, 5, 6))
+  mask = jax.random.bernoulli(keys[1], 0.8, (8, 5)).at[:, 0].set(True)
+  return x, mask, jax.random.normal(keys[2], (8, 4))
+
+
+@functools.cache
+def weights(config):
+  """NumPy arrays: made once, not in every program."""
+  with jax.ensure_compile_time_eval():
+    model = filled(lambda: config.build(nnx.Rngs(0)))
+    model.log_temperature = nnx.Param(np.float32(-1.0))
+    state = jax.jit(model.init_state)(jax.random.key(1))
+    return jax.tree.map(np.asarray, (model, state))
+
+
+def queried(x, mask, _):
+  model, _ = jax.tree.map(jnp.asarray, weights(CONFIG))
+  causal = attention_masks.causal(3)
+  return model.q_former(x, mask, mask=causal, key=jax.random.key(1))
+
+
+def seed(x, mask, other, *, stage):
+  config = dataclasses.replace(CONFIG, stage=stage)
+  model, state = jax.tree.map(jnp.asarray, weights(config))
+  given = {"other": other}
+  if stage == "tokenizer":
+    given = {"embedding": other[:, None]}
+  return model(x, state, mask=mask, train=True, key=jax.random.key(2), **given)
+
+
+def ids(seed):
+  return (jax.random.randint(jax.random.key(seed), (8, 3, 2), 0, 5),)
+
+
+def there_and_back(indices):
+  settings = {"num_codes": 5, "offset": 9, "order": "levels", "shared": False}
+  found = to_language(indices, **settings, begin=1)
+  return found, from_language(found[:, 1:], num_levels=2, **settings)
+
+
+CASES = [
+  Case("q-former", queried, inputs, (0, 1, 2), (0,)),
+  Case("seed-1", functools.partial(seed, stage="contrastive"), inputs,
+       (0, 1, 2), (0, 2)),
+  Case("seed-2", functools.partial(seed, stage="tokenizer"), inputs,
+       (0, 1, 2), (2,)),
+  Case("contrastive", lambda x, mask, y: contrastive_loss(
+         x[:, 0, :4], y, mask[:, 1], label_smoothing=0.1),
+       inputs, (0, 1, 2), (0, 2)),
+  Case("language-ids", there_and_back, ids, bfloat16_tolerance=None),
+]  # fmt: skip
+
+
+@harness.all_checks(CASES)
+def test_contract(check, case):
+  check(case)
