@@ -1,0 +1,94 @@
+"""Contracts of SETRec, SASRec and the scores of item sets."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tests.contracts import harness
+from tests.contracts.harness import Case
+from tokjax.ops import item_sets
+from tokjax.tokenizers import sasrec
+from tokjax.tokenizers.sasrec import SasrecConfig
+from tokjax.tokenizers.setrec import SetRecConfig
+
+WEIGHTS = (0.5, 0.25, 0.25)
+
+
+def items(seed):
+  keys = jax.random.split(jax.random.key(seed), 5)
+  cf = jax.random.normal(keys[0], (9, 3))
+  features = jax.random.normal(keys[1], (9, 5))
+  history = jax.random.randint(keys[2], (8, 3), -1, 9)
+  target = jax.random.randint(keys[3], (8,), 0, 9)
+  return cf, features, history, target
+
+
+def sets(seed):
+  keys = jax.random.split(jax.random.key(seed))
+  answers = jax.random.normal(keys[0], (8, 3, 4))
+  return answers, jax.random.normal(keys[1], (3, 9, 4))
+
+
+def model(dtype):
+  config = SetRecConfig(
+    cf_dim=3, feature_dim=5, num_semantic=2, hidden=(4,), width=8,
+    num_layers=1, history=3,
+  )  # fmt: skip
+  # Built inside, so that the weights live on the mesh of the inputs.
+  built = config.build(nnx.Rngs(0))
+  return jax.tree.map(lambda x: x.astype(dtype), built)
+
+
+def losses(cf, features, history, target):
+  return model(cf.dtype).losses(cf, features, history, target)
+
+
+def answers(cf, features, history, target):
+  setrec = model(cf.dtype)
+  catalogue = setrec.catalogue(cf, features)
+  return setrec(setrec.histories(catalogue, history), history >= 0)
+
+
+def next_item(cf, features, history, target):
+  config = SasrecConfig(9, width=8, num_layers=1, history=3)
+  found = config.build(nnx.Rngs(0))
+  target = jnp.broadcast_to(target[:, None], history.shape)
+  return sasrec.next_item_loss(found, history, target)
+
+
+def score(answers, catalogue):
+  return item_sets.set_score(
+    answers.swapaxes(0, 1), catalogue, jnp.array(WEIGHTS)
+  )
+
+
+def top(answers, catalogue):
+  return item_sets.set_top_k(
+    answers.swapaxes(0, 1), catalogue, jnp.array(WEIGHTS), k=2, block_size=4
+  )
+
+
+def loss(answers, catalogue):
+  target = jnp.arange(8, dtype=jnp.int32)
+  return item_sets.set_loss(answers.swapaxes(0, 1), catalogue, target)
+
+
+def row(name, function, inputs, **settings):
+  return Case(name, functools.partial(function), inputs, **settings)
+
+
+CASES = [
+  row("setrec-losses", losses, items, batched=(2, 3), differentiable=(0, 1)),
+  row("setrec-answers", answers, items, batched=(2,), differentiable=(0, 1)),
+  row("sasrec-loss", next_item, items, batched=(2, 3)),
+  row("set-score", score, sets, differentiable=(0, 1), bfloat16_tolerance=0.1),
+  row("set-top-k", top, sets, bfloat16_tolerance=0.1),
+  row("set-loss", loss, sets, differentiable=(0, 1)),
+]
+
+
+@harness.all_checks(CASES)
+def test_contract(check, case):
+  check(case)
