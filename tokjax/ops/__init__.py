@@ -1,5 +1,10 @@
 """Arrays in, arrays out: no weights, no state, no device named.
 
+- `additive_codes`, `additive_encoding`, `additive_training`: sums of codes,
+  choosing and learning them (AQ, LSQ, CQ); `product_codes`: rotated product
+  codes (OPQ) and distances.
+- `attention`: under a mask; `attention_masks`: who may read whom;
+  `policy_attention`: keys that count by a learned choice.
 - `attention_scores`: rows of an attention map, outliers among scores.
 - `binary_codes`: signs as codes (LFQ, BSQ); `bit_indices`: bits as numbers,
   words and sub-tokens.
@@ -8,20 +13,32 @@
   `density_peaks` and `spectral` cluster the tokens of one example.
 - `code_entropy`: losses that make choices of codes sure and even;
   `code_usage`: which codes are in use.
+- `contrastive`: pairs against all others of the batch.
 - `estimators`: gradients past a choice of code.
+- `fourier`: coordinates as waves; `rope`: rotated positions.
+- `item_sets`: masks, positions and scores of items that are sets.
 - `merging`: which tokens go together; `plans`: what became of each.
 - `packing`: kept positions in a fixed number of rows; `ranking`: who comes
   first.
+- `patches`: images cut into squares, and back; `resample`: maps on other
+  grids.
 - `pooling`: means under a mask.
 - `quantize`: packed bits, scalar buckets, int8 rows, product quantisation.
 - `rows`: rows of a table by index or by lot, and their sums.
 - `scalar_codes`: channels rounded to a few levels (FSQ), in stages too.
 - `selection`: exact top-k in blocks, from parts, across devices.
 - `similarity`: unit vectors; `distances`: between all pairs.
+- `triplanes`: features at points of space; `winding`: inside or outside of a
+  mesh.
 - `sketching`: SimHash, sign projections, count sketches.
 """
 
 __all__ = [
+  "additive_codes",
+  "additive_encoding",
+  "additive_training",
+  "attention",
+  "attention_masks",
   "attention_scores",
   "binary_codes",
   "bit_indices",
@@ -29,20 +46,30 @@ __all__ = [
   "clustering",
   "code_entropy",
   "code_usage",
+  "contrastive",
   "density_peaks",
   "distances",
   "estimators",
+  "fourier",
+  "item_sets",
   "medoids",
   "merging",
   "packing",
+  "patches",
   "plans",
+  "policy_attention",
   "pooling",
+  "product_codes",
   "quantize",
   "ranking",
+  "resample",
+  "rope",
   "rows",
   "scalar_codes",
   "selection",
   "similarity",
   "sketching",
   "spectral",
+  "triplanes",
+  "winding",
 ]
