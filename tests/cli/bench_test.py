@@ -9,8 +9,8 @@ def test_subjects_are_the_hot_paths():
   found = bench.subjects()
   assert set(found) == {
     "encode", "greedy_select", "losses", "maxsim", "muvera", "nearest_code",
-    "reduction", "reduction_accuracy", "search", "selection",
-    "trained_retrieval",
+    "quantizers", "reduction", "reduction_accuracy", "search", "selection",
+    "trained_retrieval", "vector_codes",
   }  # fmt: skip
   assert all(len(text) > 10 for text in found.values())
 

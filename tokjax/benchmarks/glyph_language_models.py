@@ -108,7 +108,7 @@ def rows_of(
 
   Args:
     tokenizer: of the ids.
-    texts: put together with an empty line between.
+    texts: put together, an empty line after each.
     num_tokens: of a row; what fills none is left out.
 
   Returns:
@@ -116,7 +116,7 @@ def rows_of(
 
   Example:
     >>> rows_of(UnicodeTokenizer(), ["ab", "c"], num_tokens=2).tolist()
-    [[97, 98], [10, 10]]
+    [[97, 98], [10, 10], [99, 10]]
   """
   ids = np.concatenate([tokenizer.encode(text + "\n\n") for text in texts])
   return ids[: len(ids) // num_tokens * num_tokens].reshape(-1, num_tokens)
