@@ -23,6 +23,7 @@ from tokjax.train import image_classification, tokenizer_run
 __all__ = ["Rebuilt", "main", "panel", "rebuild", "square_tiles"]
 
 _TILES = 64  # decoded at a time
+_QUALITIES = range(100, -1, -5)  # of JPEG and WebP; of 0..100
 
 
 class Rebuilt(NamedTuple):
@@ -101,6 +102,7 @@ def rebuild(
     list(batching.in_batches(encode, flat, batch_size=_TILES))
   )
   used = _picture(tiles)
+  curves = {codec: _curve(used, codec) for codec in ("jpeg", "webp")}
   found = []
   for length in lengths:
     decode = functools.partial(_decode, tokenizer, state)
@@ -116,14 +118,25 @@ def rebuild(
       jnp.float32(used[None] / 255), jnp.float32(picture[None] / 255)
     )
     codecs = {}
-    for codec in ("jpeg", "webp"):
-      for name, counted in ((codec, True), (f"{codec} payload", False)):
-        fitted = rate_distortion.at_budget(
-          used[None], codec, num_bytes, count_header=counted
-        )
-        codecs[name] = float(fitted.psnr[0])
+    for codec, coded in curves.items():
+      codecs[codec] = _best(coded, "file_bytes", num_bytes)
+      codecs[f"{codec} payload"] = _best(coded, "payload_bytes", num_bytes)
     found.append(Rebuilt(picture, length, num_bytes, float(psnr[0]), codecs))
   return used, found
+
+
+def _curve(image, codec):
+  """[(what was written, PSNR)], the highest quality first."""
+  coded = [rate_distortion.code(image, codec, q) for q in _QUALITIES]
+  pictures = np.stack([one.image for one in coded]).astype(np.float32) / 255
+  whole = np.broadcast_to(np.float32(image / 255), pictures.shape)
+  psnr = batching.in_batches(image_quality.psnr, whole, pictures, batch_size=1)
+  return list(zip(coded, np.concatenate(list(psnr)), strict=True))
+
+
+def _best(coded, counted, num_bytes):
+  fitting = (x for one, x in coded if getattr(one, counted) <= num_bytes)
+  return float(next(fitting, math.nan))
 
 
 @jax.jit
