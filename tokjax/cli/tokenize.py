@@ -112,8 +112,7 @@ def rebuild(
     )
     picture = _picture(again.reshape(tiles.shape))
     num_codes = config.quantizer.codebook.num_codes
-    bits = len(flat) * length * math.log2(num_codes)
-    num_bytes = math.ceil(bits / 8)
+    num_bytes = rate_distortion.token_bytes(len(flat) * length, num_codes)
     psnr = image_quality.psnr(
       jnp.float32(used[None] / 255), jnp.float32(picture[None] / 255)
     )

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from tokjax import checks
-from tokjax.typing import Array, Bool, Float, Int, Key
+from tokjax.typing import Array, Bool, Float, Int, Key, UInt8
 
 __all__ = ["draw_rows", "sum_rows", "take_rows"]
 
 
 def take_rows(
-  table: Float[Array, "K D"], index: Int[Array, "*shape"]
-) -> Float[Array, "*shape D"]:
+  table: Float[Array, "K D"] | UInt8[Array, "K D"],
+  index: Int[Array, "*shape"],
+) -> Float[Array, "*shape D"] | UInt8[Array, "*shape D"]:
   """table[index], with zeros where the index is negative.
 
   Args:

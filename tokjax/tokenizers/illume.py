@@ -194,10 +194,7 @@ class Illume(nnx.Module):
     target = jnp.where(found.mask[..., None], target, 0)
     if self.config.normalize_target:
       target = jax.nn.standardize(target, axis=-1, epsilon=1e-6)
-    units = (
-      similarity.safe_normalize(x.astype(jnp.float32)) for x in (target, output)
-    )
-    cosine = jnp.einsum("bnc,bnc->bn", *units, precision="highest")
+    cosine = similarity.cosine(target, output)
     cosine = masked_mean(cosine, found.mask, axis_name)
     losses = {"semantic": self.config.semantic_weight * (1 - cosine)}
     return Reconstructed(output, {**losses, **found.losses}, found.stats)

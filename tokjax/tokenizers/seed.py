@@ -194,7 +194,8 @@ class Seed(nnx.Module):
     )  # fmt: skip
     up = self._raised(found.codes)
     restored = self._restored(up)
-    cosine = masked_mean(_cosine(restored, queries), rows, axis_name)
+    cosine = similarity.cosine(restored, queries)
+    cosine = masked_mean(cosine, rows, axis_name)
     losses = {n: config.code_weight * x for n, x in found.losses.items()}
     losses["restore"] = config.restore_weight * (1 - cosine)
     if embedding is not None:
@@ -321,11 +322,6 @@ def _rows(queries, mask):
     return jnp.ones_like(queries[..., 0], bool)
   rows = jnp.any(mask, axis=-1, keepdims=True)
   return jnp.broadcast_to(rows, queries.shape[:2])
-
-
-def _cosine(x, y):
-  x, y = (similarity.safe_normalize(z.astype(jnp.float32)) for z in (x, y))
-  return jnp.sum(x * y, axis=-1)
 
 
 def _quantizer(config):

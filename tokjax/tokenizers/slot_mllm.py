@@ -303,11 +303,10 @@ class SlotMLLM(nnx.Module):
 
 def _error(x, y, loss):
   """Per vector, float32."""
-  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-  if loss == "square":
-    return jnp.mean(jnp.square(x - y), axis=-1)
-  x, y = similarity.safe_normalize(x), similarity.safe_normalize(y)
-  return 1 - jnp.sum(x * y, axis=-1)
+  if loss == "cosine":
+    return 1 - similarity.cosine(x, y)
+  error = x.astype(jnp.float32) - y.astype(jnp.float32)
+  return jnp.mean(jnp.square(error), axis=-1)
 
 
 def _check(config):

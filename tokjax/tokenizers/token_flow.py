@@ -216,8 +216,7 @@ class TokenFlow(nnx.Module):
     wide = jnp.float32
     error = jnp.square(images.astype(wide) - output.astype(wide))
     target = jax.lax.stop_gradient(target)
-    cosine = jnp.sum(_unit(target) * _unit(restored), axis=-1)
-    cosine = _mean(cosine, axis_name)
+    cosine = _mean(similarity.cosine(target, restored), axis_name)
     losses = {
       "pixels": config.pixel_weight * _mean(error, axis_name),
       "semantic": config.semantic_weight * (1 - cosine),
@@ -296,10 +295,6 @@ class TokenFlow(nnx.Module):
     table = self.positions[...].reshape(side, side, -1)
     matrix = resample.cubic_matrix(side, last)
     return resample.resample(table, matrix, matrix).reshape(last * last, -1)
-
-
-def _unit(x):
-  return similarity.safe_normalize(x.astype(jnp.float32))
 
 
 def _mean(x, axis_name):

@@ -233,7 +233,7 @@ def embed(
   table = jax.lax.stop_gradient(table)
   if not isinstance(table, GlyphEmbedding):
     return rows.take_rows(table, ids)
-  bits = quantize.unpack_bits(_take(table.packed, ids), num_bits=1)
+  bits = quantize.unpack_bits(rows.take_rows(table.packed, ids), num_bits=1)
   found = _unit(bits, table.projection, table.offset)
   found = jnp.where((ids >= 0)[..., None], found, 0)
   return found.astype(table.projection.dtype)
@@ -360,15 +360,6 @@ def _unit(bits, projection, offset):
 def _project(x, projection):
   wide = x.astype(jnp.float32), projection.astype(jnp.float32)
   return jnp.matmul(*wide, precision="highest")
-
-
-def _take(packed, ids):
-  """packed[ids], laid out as the ids."""
-  spec = tuple(jax.typeof(ids).sharding.spec)
-  if any(axis is not None for axis in spec):
-    layout = jax.P(*spec, None)
-    return packed.at[ids].get(mode="clip", out_sharding=layout)
-  return jnp.take(packed, ids, axis=0, mode="clip")
 
 
 def _check(augmentation):
