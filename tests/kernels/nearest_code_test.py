@@ -310,15 +310,17 @@ def test_errors_name_the_argument():
       dict(block_size=2, implementation="reference"),
     ),
     (
-      "implementation must be one of .*'pallas_tpu', got 'triton'",
+      "implementation must be one of .*'pallas_gpu', got 'triton'",
       (x, codebook),
       dict(implementation="triton"),
     ),
   ):
     with pytest.raises(ValueError, match=message):
       attempt(*arrays, **settings)
-  with pytest.raises(NotImplementedError, match="width 2000 is more than"):
-    attempt(wide, wide, implementation="pallas_tpu")
+  for implementation in ("pallas_tpu", "pallas_gpu"):
+    message = f"{implementation}: width 2000 is more than"
+    with pytest.raises(NotImplementedError, match=message):
+      attempt(wide, wide, implementation=implementation)
   with pytest.raises(ValueError, match=r"k must lie in 1\.\.5, got 6"):
     jax.eval_shape(lambda *a: package.topk_codes(*a, 6), x, codebook)
   mesh = jax.make_mesh((8,), ("data",))

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tokjax import compat
+from tokjax.kernels.bfloat16_parts import bfloat16_parts
 from tokjax.kernels.maxsim import xla
 from tokjax.typing import Array, Bool, Float, Int32
 
@@ -130,7 +131,7 @@ def _document_gradient(rows, met, weight, documents, *, interpret):
   met = jnp.pad(met, ((0, 0), (0, extra)), constant_values=-1)
   weight = jnp.pad(weight, ((0, 0), (0, extra)))
   short = max(_TOKENS - num_tokens, 0)  # a tile may not exceed its array
-  parts = _row_parts(rows, 3 if rows.dtype == jnp.float32 else 1)
+  parts = bfloat16_parts(rows, 3 if rows.dtype == jnp.float32 else 1)
   *parts, met, weight, documents = compat.varying_together(
     *parts,
     met.reshape(num_documents, num_chunks, _CHUNK),
@@ -166,21 +167,8 @@ def _document_gradient(rows, met, weight, documents, *, interpret):
   return gradient[:, :num_tokens]
 
 
-def _row_parts(x, count):
-  """Arrays of bfloat16 that sum to x, the largest first, made by XLA.
-
-  XLA may drop a cast to bfloat16 and back; it never drops reduce_precision.
-  """
-  parts = []
-  for _ in range(count):
-    part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    parts.append(part.astype(jnp.bfloat16))
-    x = x - part
-  return parts
-
-
 def _weight_parts(x, count):
-  """The same inside the kernel, where casts stay."""
+  """As `bfloat16_parts`, inside the kernel, where casts stay."""
   parts = []
   for _ in range(count):
     parts.append(x.astype(jnp.bfloat16))

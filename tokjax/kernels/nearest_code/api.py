@@ -7,8 +7,7 @@ import jax
 
 from tokjax import checks
 from tokjax.kernels.nearest_code import search, sharding
-from tokjax.kernels.nearest_code.search import Implementation
-from tokjax.typing import Array, Bool, Float, Int32
+from tokjax.typing import Array, Bool, Float, Implementation, Int32
 
 __all__ = ["nearest_code", "topk_codes"]
 
@@ -40,11 +39,14 @@ def nearest_code(
       influence.
     metric: what nearest means, static.
     block_size: codes scored at once, static; None for the choice of the
-      implementation. The TPU kernel takes multiples of 128 up to 1,024;
-      "reference", which scores all at once, takes none.
-    implementation: "reference", "xla" or "pallas_tpu" runs that one or raises.
-      None chooses when the program is lowered: the kernel on TPU where it
-      takes the arguments, "xla" elsewhere.
+      implementation. The TPU kernel takes multiples of 128 up to 1,024, the
+      GPU kernel multiples of 32 up to 128; "reference", which scores all at
+      once, takes none.
+    implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu" runs that
+      one or raises. None chooses when the program is lowered: the TPU kernel
+      on TPU where it takes the arguments, "xla" elsewhere, and the GPU kernel
+      only where the mesh of `jax.set_mesh` says that its devices are Hopper
+      GPUs.
 
   Returns:
     Positions in the codebook; -1 where `mask` is False, 0 for a token that
@@ -64,13 +66,14 @@ def nearest_code(
     [0, 1, -1]
 
   Cost: 2 N K D FLOPs for N tokens; 4 (N D + K D) + 4 N bytes, codes read again
-  for each block of tokens; holds one block of scores.
+  for each block of tokens; holds one block of scores. The GPU kernel holds
+  6 (N D + K D) bytes of bfloat16 parts instead, and no score.
 
   On an Explicit mesh tokens may be sharded over all axes but the last and
   codes over their first: each device searches its codes, then pairs of a score
   and an index are compared. A mesh axis that shards both shards tokens, and
   the codes are gathered. On an Auto mesh use `sharded_nearest_code` for
-  sharded codes, and wrap the kernel in `jax.shard_map`.
+  sharded codes, and wrap the kernels in `jax.shard_map`.
 
   Source: the formula is that of van den Oord, Vinyals and Kavukcuoglu (2017),
   "Neural Discrete Representation Learning"; blocks, masks and the tie rule are

@@ -8,19 +8,19 @@ index of that code and its score.
 import functools
 import importlib
 from collections.abc import Hashable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from tokjax import checks, compat
+from tokjax.kernels import hopper
 from tokjax.kernels.nearest_code import reference, xla
 from tokjax.ops import selection, similarity
-from tokjax.typing import Array, Bool, Float, Int32
+from tokjax.typing import Array, Bool, Float, Implementation, Int32
 
 __all__ = [
   "METRICS",
-  "Implementation",
   "NearestCodes",
   "check",
   "nearest",
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 METRICS = ("euclidean", "cosine")
-Implementation = Literal["reference", "xla", "pallas_tpu"]
 
 
 class NearestCodes(NamedTuple):
@@ -202,17 +201,28 @@ def _dispatch(arrays, implementation, block_size):
     return jnp.zeros_like(rows[:, 0], dtype=jnp.int32), rows[:, 0]
   if implementation == "reference":
     return reference.nearest(*arrays)
-  plain = functools.partial(xla.nearest, block_size=block_size)
-  if implementation == "xla":
-    return plain(*arrays)
-  # Only its users import Pallas.
-  tpu = importlib.import_module("tokjax.kernels.nearest_code.pallas_tpu")
-  reason = tpu.unsupported(rows, codes, block_size)
-  kernel = functools.partial(tpu.nearest, block_size=block_size)
-  if implementation == "pallas_tpu":
-    if reason is not None:
-      raise NotImplementedError(f"pallas_tpu: {reason}")
-    return kernel(*arrays)
-  if reason is not None:
-    return plain(*arrays)
-  return jax.lax.platform_dependent(*arrays, tpu=kernel, default=plain)
+
+  def branch(module):
+    return functools.partial(module.nearest, block_size=block_size)
+
+  if implementation is not None:
+    module = _module(implementation)
+    if implementation.startswith("pallas"):
+      reason = module.unsupported(rows, codes, block_size)
+      if reason is not None:
+        raise NotImplementedError(f"{implementation}: {reason}")
+    return branch(module)(*arrays)
+  branches = {"default": branch(xla)}
+  kernels = {"tpu": "pallas_tpu"}
+  if hopper.on_hopper():
+    kernels["cuda"] = "pallas_gpu"
+  for platform, name in kernels.items():
+    module = _module(name)
+    if module.unsupported(rows, codes, block_size) is None:
+      branches[platform] = branch(module)
+  return jax.lax.platform_dependent(*arrays, **branches)
+
+
+def _module(name: str):
+  """The module of an implementation; only its users import Pallas."""
+  return importlib.import_module(f"tokjax.kernels.nearest_code.{name}")

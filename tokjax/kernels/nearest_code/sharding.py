@@ -7,7 +7,7 @@ import jax
 
 from tokjax.kernels import sharding
 from tokjax.kernels.nearest_code import search
-from tokjax.typing import Array, Bool, Float, Int32
+from tokjax.typing import Array, Bool, Float, Implementation, Int32
 
 __all__ = ["over_shards", "sharded_nearest_code"]
 
@@ -20,7 +20,7 @@ def sharded_nearest_code(
   axis_name: Hashable,
   metric: Literal["euclidean", "cosine"] = "euclidean",
   block_size: int | None = None,
-  implementation: search.Implementation | None = None,
+  implementation: Implementation | None = None,
 ) -> Int32[Array, "*batch"]:
   """`nearest_code` over the codes of all devices; for `jax.shard_map`.
 
