@@ -43,3 +43,10 @@ def test_divisible():
   checks.divisible(4, width=12)
   with pytest.raises(ValueError, match="width must be a multiple of 4, got 6"):
     checks.divisible(4, width=6)
+
+
+def test_has_sides():
+  checks.has_sides(4, images=np.zeros((2, 4, 4, 3)))
+  for shape in ((2, 4, 5, 3), (2, 5, 4, 3), (4, 4, 3)):
+    with pytest.raises(ValueError, match=r"images must be \[B, 4, 4, C\], got"):
+      checks.has_sides(4, images=np.zeros(shape))

@@ -13,6 +13,7 @@ __all__ = [
   "divisible",
   "has_dtype",
   "has_rank",
+  "has_sides",
   "in_range",
   "one_of",
   "same_size",
@@ -95,6 +96,25 @@ def has_rank(rank: int, **arrays: Any) -> None:
       raise ValueError(
         f"{name} must have {rank} axes, got shape {tuple(array.shape)}"
       )
+
+
+def has_sides(size: int, **images: Any) -> None:
+  """Raises ValueError unless every array is [B, size, size, C].
+
+  Args:
+    size: pixels a side.
+    **images: the batches to check, by name.
+
+  Raises:
+    ValueError: if one is not.
+
+  Example:
+    >>> has_sides(4, images=np.zeros((2, 4, 4, 3)))
+  """
+  for name, batch in images.items():
+    shape = tuple(batch.shape)
+    if len(shape) != 4 or shape[1:3] != (size, size):
+      raise ValueError(f"{name} must be [B, {size}, {size}, C], got {shape}")
 
 
 def has_dtype(dtype: Any, **arrays: Any) -> None:

@@ -202,5 +202,5 @@ def test_errors():
   (model, state), x = build(noise_rate=0.5), inputs()
   with pytest.raises(ValueError, match="key must be given to train with noise"):
     model(*x, state, train=True)
-  with pytest.raises(ValueError, match="height=2, image_size=4"):
+  with pytest.raises(ValueError, match=r"images must be \[B, 4, 4, C\]"):
     model.vectors(x[0][:, :2])

@@ -195,7 +195,7 @@ def test_the_largest_published_size_with_fewer_blocks():
 @pytest.mark.unchecked
 def test_errors():
   (model, state), (images, features, _) = build(), inputs()
-  with pytest.raises(ValueError, match="height=5, image_size=6"):
+  with pytest.raises(ValueError, match=r"images must be \[B, 6, 6, C\]"):
     model.encode(images[:, :5], features, state)
   with pytest.raises(ValueError, match="tokens_of_features=9, grid=16"):
     model.encode(images, features[:, :9], state)

@@ -182,8 +182,8 @@ class DualQuantizer(nnx.Module):
       )
       q = take_rows(table, index)
       errors.append([
-        _mean(jnp.square(unit - fixed(q)), axis_name),
-        _mean(jnp.square(fixed(unit) - q), axis_name),
+        masked_mean(jnp.square(unit - fixed(q)), axis_name=axis_name),
+        masked_mean(jnp.square(fixed(unit) - q), axis_name=axis_name),
       ])  # fmt: skip
       z = estimators.straight_through(unit, q) if train else q
       up = self._up(jnp.where(keep[scale], z, 0))
@@ -341,10 +341,6 @@ def _parts(x, dims):
 def _row(x):
   """[B, side, side, d] -> [B, side^2, d]."""
   return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-def _mean(x, axis_name):
-  return masked_mean(x, jnp.ones_like(x, bool), axis_name)
 
 
 def _down(config, side):

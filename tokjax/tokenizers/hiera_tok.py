@@ -31,6 +31,7 @@ from tokjax import checks
 from tokjax.ops import attention_masks, patches, resample
 from tokjax.tokenizers import gaussian, transformer
 from tokjax.tokenizers.gaussian import Gaussian
+from tokjax.tokenizers.measures import pixel_loss
 from tokjax.tokenizers.transformer import Transformer, TransformerConfig
 from tokjax.tokenizers.types import Reconstructed
 from tokjax.typing import Array, Float, Key
@@ -160,10 +161,8 @@ class HieraTok(nnx.Module):
     latent = self.encode(images)
     z = gaussian.sample(key, latent) if train else latent.mean
     output = self.decode(z)
-    error = images.astype(jnp.float32) - output.astype(jnp.float32)
-    size = jnp.abs if config.pixel_loss == "l1" else jnp.square
     losses = {
-      "pixels": jnp.mean(size(error)),
+      "pixels": pixel_loss(images, output, config.pixel_loss),
       "kl": config.kl_weight * self._divergence(latent),
     }
     stats = {"deviation": jnp.mean(jnp.exp(latent.log_variance / 2))}
@@ -174,9 +173,7 @@ class HieraTok(nnx.Module):
   def encode(self, images: Float[Array, "B height width 3"]) -> Gaussian:
     """Latents [B, N, C], coarse to fine; [B, P, C] if they are pooled later."""
     config = self.config
-    checks.has_rank(4, images=images)
-    checks.same_size(height=images.shape[1], image_size=config.image_size)
-    checks.same_size(width=images.shape[2], image_size=config.image_size)
+    checks.has_sides(config.image_size, images=images)
     x = patches.patchify(images, config.patch_size)
     x = self.patches(x.astype(self.patches.kernel[...].dtype))
     x = self.encoder(x + self.positions[...][None])

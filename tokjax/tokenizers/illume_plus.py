@@ -33,7 +33,7 @@ from tokjax.tokenizers import language_ids
 from tokjax.tokenizers.codebook import CodebookConfig, CodebookState
 from tokjax.tokenizers.conv import ConvConfig, ConvDecoder, ConvEncoder
 from tokjax.tokenizers.illume import Illume, IllumeConfig
-from tokjax.tokenizers.measures import masked_mean
+from tokjax.tokenizers.measures import pixel_loss
 from tokjax.tokenizers.transformer import TransformerConfig
 from tokjax.tokenizers.types import Quantized, Reconstructed
 from tokjax.tokenizers.vector_quantizer import VectorQuantizer, VQConfig
@@ -185,8 +185,7 @@ class DualViTok(nnx.Module):
     )
     codes = self._noised(keys[2], pixels.codes) if noisy else pixels.codes
     output = self.decode_codes(found.codes, codes)
-    error = jnp.square(images.astype(jnp.float32) - output.astype(jnp.float32))
-    error = masked_mean(error, jnp.ones_like(error, bool), axis_name)
+    error = pixel_loss(images, output, "l2", axis_name)
     losses = {
       "pixels": config.pixel_weight * error,
       "semantic": of_features.losses["semantic"],
@@ -224,9 +223,7 @@ class DualViTok(nnx.Module):
   ) -> Float[Array, "B M d"]:
     """What is quantised of the pixels."""
     size = self.config.image_size
-    checks.has_rank(4, images=images)
-    checks.same_size(height=images.shape[1], image_size=size)
-    checks.same_size(width=images.shape[2], image_size=size)
+    checks.has_sides(size, images=images)
     x = self.to_code(self.encoder(images))
     return x.reshape(len(x), -1, x.shape[-1])
 

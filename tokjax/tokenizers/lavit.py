@@ -189,23 +189,21 @@ class Lavit(nnx.Module):
       )
       losses, stats, codes = found.losses, found.stats, found.codes
     output = self.decode_codes(codes, mask)
-    every = jnp.ones(features.shape[:2], bool)
     distance = 1 - similarity.cosine(output, features)
     losses = {
-      "features": masked_mean(distance, every, axis_name),
+      "features": masked_mean(distance, axis_name=axis_name),
       **losses,
     }
     if merge:
-      rate = masked_mean(chosen.keep, every, axis_name)
+      rate = masked_mean(chosen.keep, axis_name=axis_name)
       off = jnp.square(config.keep_rate - rate)
       losses["rate"] = config.rate_weight * off
     counts = {
       "length": jnp.sum(mask, axis=1).astype(jnp.float32),
       "overflow": overflow.astype(jnp.float32),
     }
-    each = jnp.ones(features.shape[:1], bool)
     for name, count in counts.items():
-      stats[name] = masked_mean(count, each, axis_name)
+      stats[name] = masked_mean(count, axis_name=axis_name)
     return Reconstructed(output, losses, stats), state
 
   def encode(

@@ -30,7 +30,7 @@ from flax import nnx
 from tokjax import checks
 from tokjax.ops import attention_masks, patches, similarity
 from tokjax.tokenizers import transformer
-from tokjax.tokenizers.measures import masked_mean
+from tokjax.tokenizers.measures import masked_mean, pixel_loss
 from tokjax.tokenizers.transformer import Cache, Transformer, TransformerConfig
 from tokjax.tokenizers.types import Reconstructed
 from tokjax.typing import Array, Bool, Float, Key
@@ -177,12 +177,9 @@ class MingTok(nnx.Module):
       hidden = jax.random.bernoulli(key, config.mask_rate, z.shape[:2])
     meaning = self.semantics(z, hidden)
     output = self.decode(meaning)
-    every = jnp.ones(z.shape[:2], bool)
     near = similarity.cosine(self.to_feature(meaning), features)
-    cosine = masked_mean(near, every, axis_name)
-    error = jnp.abs(images.astype(jnp.float32) - output.astype(jnp.float32))
-    error = jnp.mean(error, axis=(1, 2, 3))
-    error = masked_mean(error, jnp.ones(error.shape, bool), axis_name)
+    cosine = masked_mean(near, axis_name=axis_name)
+    error = pixel_loss(images, output, "l1", axis_name)
     losses = {
       "pixels": config.pixel_weight * error,
       "semantic": config.semantic_weight * (1 - cosine),
@@ -194,9 +191,7 @@ class MingTok(nnx.Module):
   ) -> Float[Array, "B N C"]:
     """Latents in raster order: means of groups of channels, and a head."""
     config = self.config
-    checks.has_rank(4, images=images)
-    checks.same_size(height=images.shape[1], image_size=config.image_size)
-    checks.same_size(width=images.shape[2], image_size=config.image_size)
+    checks.has_sides(config.image_size, images=images)
     x = patches.patchify(images, config.patch_size)
     x = self.patches(x.astype(self.patches.kernel[...].dtype))
     last = jnp.zeros_like(x[:, :1]) + self.class_token[...][None]

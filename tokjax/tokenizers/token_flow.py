@@ -38,7 +38,7 @@ from tokjax.tokenizers.dual_quantizer import (
   DualQuantizer,
   DualState,
 )
-from tokjax.tokenizers.measures import masked_mean
+from tokjax.tokenizers.measures import masked_mean, pixel_loss
 from tokjax.tokenizers.transformer import Transformer, TransformerConfig
 from tokjax.tokenizers.types import Quantized, Reconstructed
 from tokjax.typing import Array, Float, Int, Key
@@ -213,12 +213,12 @@ class TokenFlow(nnx.Module):
       axis_name=axis_name,
     )  # fmt: skip
     output, restored = self.decode(found.codes)
-    wide = jnp.float32
-    error = jnp.square(images.astype(wide) - output.astype(wide))
+    error = pixel_loss(images, output, "l2", axis_name)
     target = jax.lax.stop_gradient(target)
-    cosine = _mean(similarity.cosine(target, restored), axis_name)
+    cosine = similarity.cosine(target, restored)
+    cosine = masked_mean(cosine, axis_name=axis_name)
     losses = {
-      "pixels": config.pixel_weight * _mean(error, axis_name),
+      "pixels": config.pixel_weight * error,
       "semantic": config.semantic_weight * (1 - cosine),
       **found.losses,
     }
@@ -246,9 +246,7 @@ class TokenFlow(nnx.Module):
     """The semantic and the pixel map before they are quantised."""
     config = self.config
     side = config.grid
-    checks.has_rank(4, images=images)
-    checks.same_size(height=images.shape[1], image_size=config.image_size)
-    checks.same_size(width=images.shape[2], image_size=config.image_size)
+    checks.has_sides(config.image_size, images=images)
     checks.same_size(tokens_of_features=features.shape[1], grid=side * side)
     checks.same_size(
       width_of_features=features.shape[2], features_dim=config.features_dim
@@ -295,10 +293,6 @@ class TokenFlow(nnx.Module):
     table = self.positions[...].reshape(side, side, -1)
     matrix = resample.cubic_matrix(side, last)
     return resample.resample(table, matrix, matrix).reshape(last * last, -1)
-
-
-def _mean(x, axis_name):
-  return masked_mean(x, jnp.ones_like(x, bool), axis_name)
 
 
 def _resized(images, side):
