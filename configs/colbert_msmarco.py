@@ -19,11 +19,12 @@ peak. With all 64 passages of every list,
 it is 1.31 and 13.03, together 14.34 GB (18.26 in one part), and 757 ms.
 """
 
+from tokjax.parallel.meshes import MeshConfig
 from tokjax.retrieval.heads import HeadConfig
 from tokjax.train.late_interaction import Objective
 from tokjax.train.loop import TrainConfig
 from tokjax.train.optimizer import OptimizerConfig
-from tokjax.train.retrieval_run import DataConfig, MeshConfig, RetrievalRun
+from tokjax.train.retrieval_run import DataConfig, RetrievalRun
 
 
 def get_config(arg: str = "msmarco") -> RetrievalRun:

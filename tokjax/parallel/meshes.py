@@ -10,6 +10,7 @@ Three axes with fixed names serve every run, on one device or thousands:
 An axis of size 1 costs nothing, so sharding rules can name all three always.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,13 +21,26 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from tokjax.parallel import rules
 
-__all__ = ["AXES", "BATCH_AXES", "make_mesh", "shard_batch"]
+__all__ = ["AXES", "BATCH_AXES", "MeshConfig", "make_mesh", "shard_batch"]
 
 # From the least to the most communication per step: the last axis gets
 # neighbouring devices.
 AXES = ("data", "fsdp", "tensor")
 # Those whose devices hold other rows of the batch.
 BATCH_AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class MeshConfig:
+  """How a run lays out its devices; see `make_mesh`."""
+
+  data: int = -1  # groups with a copy of the parameters; -1: what is left
+  fsdp: int = 1  # devices that share one copy
+  tensor: int = 1  # devices that share the width of layers
+
+  def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh, of all devices or of some."""
+    return make_mesh(self.data, self.fsdp, self.tensor, devices=devices)
 
 
 def make_mesh(

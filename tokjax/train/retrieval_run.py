@@ -28,7 +28,6 @@ __all__ = [
   "DataConfig",
   "EvaluationConfig",
   "Frozen",
-  "MeshConfig",
   "Prepared",
   "RetrievalRun",
   "freeze",
@@ -87,15 +86,6 @@ class EvaluationConfig:
   metrics: tuple[str, ...] = ("nDCG@10", "R@100", "MRR@10")
 
 
-@dataclasses.dataclass(unsafe_hash=True)
-class MeshConfig:
-  """How devices are laid out; see `tokjax.parallel.meshes.make_mesh`."""
-
-  data: int = -1  # groups with a copy of the parameters; -1: what is left
-  fsdp: int = 1  # devices that share one copy
-  tensor: int = 1  # devices that share the width of layers
-
-
 def _trainer() -> loop.TrainConfig:
   return loop.TrainConfig(
     num_steps=1000,
@@ -126,7 +116,7 @@ class RetrievalRun:
   evaluation: EvaluationConfig = dataclasses.field(
     default_factory=EvaluationConfig
   )
-  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  mesh: meshes.MeshConfig = dataclasses.field(default_factory=meshes.MeshConfig)
   trainer: loop.TrainConfig = dataclasses.field(default_factory=_trainer)
   seed: int = 0  # of new weights, draws, orders and dropout
 
@@ -420,7 +410,7 @@ def train(
     run.trainer,
     key=key,
     evaluate=None if evaluate is None else evaluated,
-    mesh=meshes.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor),
+    mesh=run.mesh.make(),
   )
   return finished(trained.state.model), trained
 
