@@ -1,5 +1,7 @@
 """Optimisers: the chain of each, the schedule and what decays."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -191,3 +193,22 @@ def test_adafactor_stores_rows_and_columns():
 def test_bad_settings_are_named(config, message):
   with pytest.raises(ValueError, match=message):
     optimizer.make(config, 10)
+
+
+def test_what_is_frozen_stays_and_is_not_in_the_norm():
+  params = {"encoder": jnp.ones((2, 2)), "head": jnp.ones((2, 2))}
+  gradient = {"encoder": jnp.full((2, 2), 100.0), "head": jnp.full((2, 2), 0.1)}
+  config = OptimizerConfig(
+    name="sgd", b1=0.0, learning_rate=1.0, schedule="constant", clip_norm=1.0,
+    weight_decay=0.5, frozen=("^encoder",),
+  )  # fmt: skip
+  transform = optimizer.make(config, 10)
+  update, _ = transform.update(gradient, transform.init(params), params)
+  np.testing.assert_array_equal(update["encoder"], 0)
+  np.testing.assert_allclose(update["head"], -0.6, rtol=1e-6)  # -(0.1 + 0.5)
+  lost = dataclasses.replace(config, frozen=("^decoder",))
+  with pytest.raises(ValueError, match="frozen matches no parameter"):
+    optimizer.make(lost, 10).init(params)
+  assert optimizer.frozen_mask(params, ("head$",)) == {
+    "encoder": False, "head": True,
+  }  # fmt: skip

@@ -5,6 +5,8 @@ mean the same thing under each name:
 
     gradient -> clip by global norm -> direction of the optimiser
              -> + weight_decay * parameter, where it decays -> * -rate(step)
+
+What is frozen is 0 at both ends of it.
 """
 
 import dataclasses
@@ -19,7 +21,13 @@ from optax import contrib
 from tokjax import checks
 from tokjax.parallel import rules
 
-__all__ = ["OptimizerConfig", "decay_mask", "make", "schedule"]
+__all__ = [
+  "OptimizerConfig",
+  "decay_mask",
+  "frozen_mask",
+  "make",
+  "schedule",
+]
 
 NAMES = ("adamw", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -36,6 +44,7 @@ class OptimizerConfig:
   final_ratio: float = 0.0  # of the peak, at the last step
   weight_decay: float = 0.0  # decoupled; multiplied by the learning rate
   no_decay: tuple[str, ...] = ("bias$", "scale$", "norm")  # path patterns
+  frozen: tuple[str, ...] = ()  # path patterns of what no step changes
   clip_norm: float | None = 1.0  # of the whole gradient; None does not clip
   b1: float = 0.9  # decay of the mean; momentum of sgd; Muon has its own 0.95
   b2: float = 0.999  # decay of the mean square; of the mean in lion
@@ -78,6 +87,33 @@ def schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
   }[config.schedule]
   warmup = optax.linear_schedule(0.0, peak, max(1, config.warmup_steps))
   return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+def frozen_mask(params: Any, frozen: tuple[str, ...]) -> Any:
+  """Which parameters no step changes, not even weight decay.
+
+  Args:
+    params: a pytree of arrays.
+    frozen: patterns searched in the path, lower-cased.
+
+  Returns:
+    The tree of bools: True where a pattern matches.
+
+  Raises:
+    ValueError: if a pattern matches nothing.
+
+  Example:
+    >>> params = {"encoder": {"w": jnp.ones(2)}, "head": jnp.ones(2)}
+    >>> frozen_mask(params, ("^encoder/",))
+    {'encoder': {'w': True}, 'head': False}
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  paths = [rules.leaf_path(path).lower() for path, _ in leaves]
+  for pattern in frozen:
+    if not any(re.search(pattern, path) for path in paths):
+      raise ValueError(f"frozen matches no parameter, got {pattern!r}")
+  found = [any(re.search(p, path) for p in frozen) for path in paths]
+  return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
 def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:
@@ -141,14 +177,20 @@ def make(
     if config.clip_norm is None
     else optax.clip_by_global_norm(config.clip_norm)
   )
-  return optax.chain(
+  chain = [
     clip,
     _direction(config),
     optax.add_decayed_weights(
       config.weight_decay, mask=lambda p: decay_mask(p, config.no_decay)
     ),
     optax.scale_by_learning_rate(schedule(config, num_steps)),
-  )
+  ]
+  if config.frozen:
+    freeze = optax.masked(
+      optax.set_to_zero(), lambda p: frozen_mask(p, config.frozen)
+    )
+    chain = [freeze, *chain, freeze]
+  return optax.chain(*chain)
 
 
 def _direction(config):
