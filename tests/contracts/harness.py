@@ -33,6 +33,9 @@ class Case:
       another order (jit, shards).
     bfloat16_tolerance: absolute difference to float32 on the same rounded
       inputs; None where bfloat16 has no meaning.
+    weights: `weights()` makes a pytree that the function takes before the
+      inputs, such as a module and its state. It is made once and is in all
+      checks the same: whole on every device, not mapped over, not cast.
   """
 
   name: str
@@ -42,6 +45,7 @@ class Case:
   differentiable: tuple[int, ...] = ()
   tolerance: float = 1e-5
   bfloat16_tolerance: float | None = 0.05
+  weights: Callable[[], Any] | None = None
 
 
 def assert_same(got, want, tolerance: float) -> None:
@@ -50,7 +54,7 @@ def assert_same(got, want, tolerance: float) -> None:
   want_leaves, want_tree = jax.tree.flatten(want)
   assert got_tree == want_tree
   for g, w in zip(got_leaves, want_leaves, strict=True):
-    assert g.shape == w.shape and g.dtype == w.dtype, (g.aval, w.aval)
+    assert (g.shape, g.dtype) == (w.shape, w.dtype)
     if jnp.issubdtype(g.dtype, jnp.floating):
       g, w = np.asarray(g, np.float32), np.asarray(w, np.float32)
       np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance)
@@ -58,19 +62,27 @@ def assert_same(got, want, tolerance: float) -> None:
       np.testing.assert_array_equal(np.asarray(g), np.asarray(w))
 
 
+@functools.cache
+def _weights(case: Case) -> tuple:
+  """What the function takes before the inputs."""
+  if case.weights is None:
+    return ()
+  return (jax.device_get(jax.jit(case.weights)()),)
+
+
 def one_device(case: Case, *inputs):
   """The result that others are compared with; compiled once for all checks.
 
   Tests of values call the functions without `jit`, one operation at a time.
   """
-  return jax.jit(case.function)(*inputs)
+  return jax.jit(case.function)(*_weights(case), *inputs)
 
 
 def check_shapes(case: Case) -> None:
   """The abstract shapes and dtypes are the real ones."""
   inputs = case.inputs(0)
   for got, real in zip(
-    jax.tree.leaves(jax.eval_shape(case.function, *inputs)),
+    jax.tree.leaves(jax.eval_shape(case.function, *_weights(case), *inputs)),
     jax.tree.leaves(one_device(case, *inputs)),
     strict=True,
   ):
@@ -78,44 +90,48 @@ def check_shapes(case: Case) -> None:
 
 
 def check_compiles_once(case: Case) -> None:
-  """New values of the same shapes do not compile again."""
-  traced = []
-
-  def function(*inputs):
-    traced.append(None)
-    return case.function(*inputs)
-
-  compiled = jax.jit(function)
-  compiled(*case.inputs(0))
-  compiled(*case.inputs(1))
-  assert len(traced) == 1
+  """New values of the same shapes find the program of the first."""
+  one, two = (
+    jax.jit(case.function).trace(*_weights(case), *case.inputs(seed))
+    for seed in (0, 1)
+  )
+  assert one.jaxpr is two.jaxpr
 
 
 def check_sharded(case: Case, kind: AxisType) -> None:
-  """Inputs sharded over eight devices give the single-device result."""
+  """Inputs sharded over eight devices give the single-device result.
+
+  Weights can be made on the mesh as well, whether or not the inputs are there.
+  """
   inputs = case.inputs(0)
   want = one_device(case, *inputs)
   mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
   with jax.set_mesh(mesh):
+    if case.weights is not None:
+      jax.eval_shape(case.weights)
     shards = [
       jax.device_put(x, jax.P("data") if i in case.batched else jax.P())
       for i, x in enumerate(inputs)
     ]
-    got = jax.jit(case.function)(*shards)
+    weights = jax.device_put(_weights(case), jax.P())
+    got = jax.jit(case.function)(*weights, *shards)
   assert_same(jax.device_get(got), jax.device_get(want), case.tolerance)
 
 
 def check_vmap(case: Case) -> None:
   """Mapping over a new leading axis equals calling one by one."""
   one, two = case.inputs(0), case.inputs(1)
-  stacked = [jnp.stack(pair) for pair in zip(one, two, strict=True)]
-  got = jax.jit(jax.vmap(case.function))(*stacked)
-  want = jax.tree.map(
-    lambda *leaves: jnp.stack(leaves),
-    one_device(case, *one),
-    one_device(case, *two),
-  )
+  stacked = _stacked(one, two)
+  weights = _weights(case)
+  axes = (None,) * len(weights) + (0,) * len(stacked)
+  got = jax.jit(jax.vmap(case.function, axes))(*weights, *stacked)
+  want = _stacked(one_device(case, *one), one_device(case, *two))
   assert_same(got, want, case.tolerance)
+
+
+def _stacked(*trees):
+  """Leaves side by side on a new first axis; by NumPy, which compiles nothing."""
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 def check_bfloat16(case: Case) -> None:
@@ -124,6 +140,7 @@ def check_bfloat16(case: Case) -> None:
     return
 
   def cast(x, dtype):
+    x = np.asarray(x)
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
   low = [cast(x, jnp.bfloat16) for x in case.inputs(0)]
@@ -147,14 +164,15 @@ def check_finite_grad(case: Case) -> None:
   """Gradients exist, are finite, and at least one is not zero."""
   if not case.differentiable:
     return
-  inputs = case.inputs(0)
+  weights, inputs = _weights(case), case.inputs(0)
 
   def total(*inputs):
     leaves = jax.tree.leaves(case.function(*inputs))
     floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
     return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in floats)
 
-  gradients = jax.jit(jax.grad(total, case.differentiable))(*inputs)
+  arguments = [len(weights) + i for i in case.differentiable]
+  gradients = jax.jit(jax.grad(total, arguments))(*weights, *inputs)
   for gradient in gradients:
     assert np.isfinite(np.asarray(gradient, np.float32)).all()
     assert np.abs(np.asarray(gradient, np.float32)).max() > 0

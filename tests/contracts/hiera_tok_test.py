@@ -1,11 +1,12 @@
 """Contracts of HieraTok."""
 
+import functools
+
 import jax
-from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
-from tests.tokenizers.tiny_tokenizer import TRUNK
+from tests.tokenizers.tiny_tokenizer import TRUNK, made
 from tokjax.tokenizers.hiera_tok import HieraTokConfig
 
 
@@ -13,17 +14,17 @@ def photos(seed):
   return (jax.random.uniform(jax.random.key(seed), (8, 8, 8, 3), minval=-1),)
 
 
-def reconstructed(images):
-  # Built inside, so that the weights live on the mesh of the inputs.
-  config = HieraTokConfig(8, 4, (1, 2), 3, TRUNK, TRUNK)
-  tokenizer = config.build(nnx.Rngs(0))
-  found, _ = tokenizer(images, (), train=True, key=jax.random.key(2))
+def reconstructed(weights, images):
+  tokenizer, state = weights
+  found, _ = tokenizer(images, state, train=True, key=jax.random.key(2))
   return found
 
 
+CONFIG = HieraTokConfig(8, 4, (1, 2), 3, TRUNK, TRUNK)
 CASES = [
-  Case("hiera-tok", reconstructed, photos, (0,), (0,)),
-]
+  Case("hiera-tok", reconstructed, photos, (0,), (0,),
+       weights=functools.partial(made, CONFIG)),
+]  # fmt: skip
 
 
 @harness.all_checks(CASES)

@@ -5,11 +5,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tests.tokenizers.tiny_tokenizer import made
 from tokjax.tokenizers.codebook import CodebookConfig
 from tokjax.tokenizers.conv import ConvConfig
 from tokjax.tokenizers.illume import IllumeConfig
@@ -33,15 +32,6 @@ PLUS = DualViTokConfig(
 )
 
 
-@functools.cache
-def weights(config):
-  """NumPy arrays: built once, not in every program."""
-  with jax.ensure_compile_time_eval():
-    model = jax.jit(lambda: config.build(nnx.Rngs(0)))()
-    state = jax.jit(model.init_state)(jax.random.key(1))
-    return jax.tree.map(np.asarray, (model, state))
-
-
 def inputs(seed):
   keys = jax.random.split(jax.random.key(seed), 3)
   images = jax.random.normal(keys[0], (8, 4, 4, 3))
@@ -49,13 +39,13 @@ def inputs(seed):
   return images, features, jax.random.bernoulli(keys[2], 0.7, (8, 4))
 
 
-def plain(images, features, mask):
-  model, state = jax.tree.map(jnp.asarray, weights(ILLUME))
+def plain(weights, images, features, mask):
+  model, state = weights
   return model(features, state, mask, train=True)
 
 
-def plus(images, features, mask):
-  model, state = jax.tree.map(jnp.asarray, weights(PLUS))
+def plus(weights, images, features, mask):
+  model, state = weights
   return model(images, features, state, train=True, key=jax.random.key(2))
 
 
@@ -67,10 +57,12 @@ def ids(images, features, mask):
 
 
 CASES = [
-  Case("illume", plain, inputs, (0, 1, 2), (1,), 1e-4),
-  Case("illume-plus", plus, inputs, (0, 1, 2), (0, 1), 1e-4),
+  Case("illume", plain, inputs, (0, 1, 2), (1,), 1e-4,
+       weights=functools.partial(made, ILLUME)),
+  Case("illume-plus", plus, inputs, (0, 1, 2), (0, 1), 1e-4,
+       weights=functools.partial(made, PLUS)),
   Case("illume-ids", ids, inputs, (0, 1, 2)),
-]
+]  # fmt: skip
 
 
 @harness.all_checks(CASES)

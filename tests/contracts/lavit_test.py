@@ -1,11 +1,12 @@
 """Contracts of LaVIT and of attention under policies."""
 
+import functools
+
 import jax
-from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
-from tests.tokenizers.tiny_tokenizer import quantizer
+from tests.tokenizers.tiny_tokenizer import made, quantizer
 from tokjax.ops.policy_attention import policy_attention
 from tokjax.tokenizers.lavit import LavitConfig
 
@@ -14,18 +15,13 @@ def features(seed):
   return (jax.random.normal(jax.random.key(seed), (8, 6, 8)),)
 
 
-def tokenized(x):
-  # Built inside, so that the weights live on the mesh of the inputs.
-  config = LavitConfig(8, 6, 4, 1, 2, 2.0, quantizer("ema"), stage="merge")
-  tokenizer = config.build(nnx.Rngs(0))
-  state = tokenizer.init_state(jax.random.key(1))
+def tokenized(weights, x):
+  tokenizer, state = weights
   return tokenizer(x, state, train=True, key=jax.random.key(2))
 
 
-def encoded(x):
-  config = LavitConfig(8, 6, 4, 1, 2, 2.0, quantizer("ema"))
-  tokenizer = config.build(nnx.Rngs(0))
-  state = tokenizer.init_state(jax.random.key(1))
+def encoded(weights, x):
+  tokenizer, state = weights
   return tokenizer.encode(x, state)[1]
 
 
@@ -34,11 +30,17 @@ def attended(x):
   return policy_attention(heads, heads, heads, x[:, :, :6] ** 2)
 
 
+def weights(**settings):
+  config = LavitConfig(8, 6, 4, 1, 2, 2.0, quantizer("ema"), **settings)
+  return functools.partial(made, config)
+
+
 CASES = [
   Case("policy-attention", attended, features, (0,), (0,)),
-  Case("lavit", tokenized, features, (0,), (0,)),
-  Case("lavit-encoded", encoded, features, (0,), ()),
-]
+  Case("lavit", tokenized, features, (0,), (0,),
+       weights=weights(stage="merge")),
+  Case("lavit-encoded", encoded, features, (0,), (), weights=weights()),
+]  # fmt: skip
 
 
 @harness.all_checks(CASES)

@@ -1,10 +1,12 @@
 """Contracts of MingTok."""
 
+import functools
+
 import jax
-from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tests.tokenizers.tiny_tokenizer import made
 from tokjax.tokenizers.ming import MingTokConfig
 from tokjax.tokenizers.transformer import TransformerConfig
 
@@ -17,17 +19,25 @@ def both(seed):
   return images, jax.random.normal(feature_key, (8, 4, 6))
 
 
-def reconstructed(images, features):
-  # Built inside, so that the weights live on the mesh of the inputs.
-  config = MingTokConfig(8, 4, 4, SMALL, SMALL, SMALL, feature_dim=6)
-  tokenizer = config.build(nnx.Rngs(0))
+def reconstructed(weights, images, features):
+  tokenizer, state = weights
   found, _ = tokenizer(
-    images, features, (), train=True, key=jax.random.key(2)
+    images, features, state, train=True, key=jax.random.key(2)
   )  # fmt: skip
   return found
 
 
-CASES = [Case("ming-tok", reconstructed, both, (0, 1), (0, 1))]
+CONFIG = MingTokConfig(8, 4, 4, SMALL, SMALL, SMALL, feature_dim=6)
+CASES = [
+  Case(
+    "ming-tok",
+    reconstructed,
+    both,
+    batched=(0, 1),
+    differentiable=(0, 1),
+    weights=functools.partial(made, CONFIG),
+  ),
+]
 
 
 @harness.all_checks(CASES)

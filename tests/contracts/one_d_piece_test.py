@@ -4,14 +4,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
-from tests.tokenizers.tiny_tokenizer import TRUNK, quantizer
+from tests.tokenizers.tiny_tokenizer import TRUNK, built, quantizer
 from tokjax.ops import attention, attention_masks, patches, resample
+from tokjax.tokenizers.conv import ConvConfig
 from tokjax.tokenizers.one_d_piece import OneDPieceConfig
 from tokjax.tokenizers.transformer import Transformer, TransformerConfig
+from tokjax.tokenizers.two_stage import TwoStageConfig
+from tokjax.tokenizers.vqgan import VqganConfig
 
 
 def photos(seed):
@@ -31,6 +35,31 @@ def one_d_piece(images, *, train, learning="ema", **settings):
   state = tokenizer.init_state(jax.random.key(1))
   found, state = tokenizer(images, state, train=train, key=jax.random.key(2))
   return found.output, found.losses, state
+
+
+CONV = ConvConfig(
+  4, (1, 1, 1), num_res_blocks=1, z_dim=4, groups=2, attention=False,
+  flavour="maskgit",
+)  # fmt: skip
+PROXY = VqganConfig(CONV, quantizer("ema"))
+
+
+@functools.cache
+def weights(config):
+  """NumPy arrays: built once, not in every program."""
+  with jax.ensure_compile_time_eval():
+    return jax.tree.map(np.asarray, built(config))
+
+
+def trained(images, *, config):
+  tokenizer, state = jax.tree.map(jnp.asarray, weights(config))
+  found, state = tokenizer(images, state, train=True, key=jax.random.key(2))
+  return found.output, found.losses, state
+
+
+def two_stage(stage):
+  book = quantizer("ema")
+  return TwoStageConfig(8, 4, 3, TRUNK, TRUNK, book, proxy=PROXY, stage=stage)
 
 
 def transformed(x, **settings):
@@ -59,6 +88,9 @@ CASES = [
   row(
     "one-d-piece-evaluated", one_d_piece, photos, train=False, pixel_loss="l1"
   ),
+  row("vqgan", trained, photos, config=PROXY),
+  row("two-stage-proxy", trained, photos, config=two_stage("proxy")),
+  row("two-stage-pixels", trained, photos, config=two_stage("pixels")),
   row("pyramid", lambda x: resample.pyramid(x[:, :4], (1, 2))),
   row(
     "unpatchify", lambda x: patches.unpatchify(x[:, :4, :], (2, 2), 2)

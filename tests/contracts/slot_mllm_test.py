@@ -4,8 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from tests.contracts import harness
@@ -19,7 +17,7 @@ from tokjax.tokenizers.slot_attention import (
   SlotAttentionConfig,
   attend_slots,
 )
-from tokjax.tokenizers.slot_mllm import SlotMLLM, SlotMLLMConfig
+from tokjax.tokenizers.slot_mllm import SlotMLLMConfig
 
 
 def inputs(seed):
@@ -29,21 +27,13 @@ def inputs(seed):
   return x, mask, jax.random.normal(keys[2], (8, 3, 8))
 
 
-@functools.cache
-def weights(build, config):
-  """NumPy arrays: made once, not in every program."""
-  with jax.ensure_compile_time_eval():
-    model = filled(lambda: build(config, rngs=nnx.Rngs(0)))
-    state = ()
-    if build is SlotMLLM:
-      state = jax.jit(model.init_state)(jax.random.key(1))
-    return jax.tree.map(np.asarray, (model, state))
-
-
-def slots(x, mask, start, **settings):
-  config = SlotAttentionConfig(8, 6, 2, 2, **settings)
-  model, _ = jax.tree.map(jnp.asarray, weights(SlotAttention, config))
+def slots(model, x, mask, start):
   return model(start, x, mask)
+
+
+def slots_made():
+  config = SlotAttentionConfig(8, 6, 2, 2, compete="heads_slots")
+  return filled(lambda: SlotAttention(config, rngs=nnx.Rngs(0)))
 
 
 def attended(x, mask, start):
@@ -62,21 +52,25 @@ CONFIG = SlotMLLMConfig(
 )  # fmt: skip
 
 
-def slot_mllm(x, mask, _, *, stage):
-  config = dataclasses.replace(CONFIG, stage=stage)
-  model, state = jax.tree.map(jnp.asarray, weights(SlotMLLM, config))
+def slot_mllm(weights, x, mask, _):
+  model, state = weights
   return model(x, state, mask=mask, train=True, key=jax.random.key(2))
+
+
+def slot_mllm_made(stage):
+  config = dataclasses.replace(CONFIG, stage=stage)
+  model = filled(lambda: config.build(nnx.Rngs(0)))
+  return model, model.init_state(jax.random.key(1))
 
 
 ALL = (0, 1, 2)
 CASES = [
-  Case("slot-attention", functools.partial(slots, compete="heads_slots"),
-       inputs, ALL, (0, 2)),
+  Case("slot-attention", slots, inputs, ALL, (0, 2), weights=slots_made),
   Case("attend-slots", attended, inputs, ALL, (0, 2)),
-  Case("slot-mllm-slots", functools.partial(slot_mllm, stage="slots"),
-       inputs, ALL, (0,)),
-  Case("slot-mllm-codes", functools.partial(slot_mllm, stage="tokenizer"),
-       inputs, ALL, (0,)),
+  Case("slot-mllm-slots", slot_mllm, inputs, ALL, (0,),
+       weights=functools.partial(slot_mllm_made, "slots")),
+  Case("slot-mllm-codes", slot_mllm, inputs, ALL, (0,),
+       weights=functools.partial(slot_mllm_made, "tokenizer")),
 ]  # fmt: skip
 
 

@@ -4,11 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tests.tokenizers.tiny_tokenizer import made
 from tokjax.tokenizers.codebook import CodebookConfig
 from tokjax.tokenizers.conv import ConvConfig
 from tokjax.tokenizers.dual_quantizer import DualConfig, joint_nearest
@@ -33,23 +32,14 @@ CONFIG = TokenFlowConfig(
 )
 
 
-@functools.cache
-def weights():
-  """NumPy arrays: built once, not in every program."""
-  with jax.ensure_compile_time_eval():
-    model = jax.jit(lambda: CONFIG.build(nnx.Rngs(0)))()
-    state = jax.jit(model.init_state)(jax.random.key(1))
-    return jax.tree.map(np.asarray, (model, state))
-
-
 def inputs(seed):
   keys = jax.random.split(jax.random.key(seed))
   shapes = (8, 6, 6, 3), (8, 16, 5)
   return tuple(map(jax.random.normal, keys, shapes))
 
 
-def flowed(images, features):
-  model, state = jax.tree.map(jnp.asarray, weights())
+def flowed(weights, images, features):
+  model, state = weights
   return model(images, features, state, train=True, key=jax.random.key(2))
 
 
@@ -68,6 +58,7 @@ CASES = [
     batched=(0, 1),
     differentiable=(0, 1),
     tolerance=1e-4,
+    weights=functools.partial(made, CONFIG),
   ),
   Case("joint-nearest", joined, inputs, batched=(0, 1)),
 ]

@@ -1,10 +1,12 @@
 """Contracts of the tokenizer of shapes and of what it is made of."""
 
+import functools
+
 import jax
-from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tests.tokenizers.tiny_tokenizer import made
 from tokjax.ops import fourier, triplanes
 from tokjax.tokenizers import vat
 from tokjax.tokenizers.codebook import CodebookConfig
@@ -40,10 +42,8 @@ def shapes(seed):
   return points, queries, jax.random.bernoulli(keys[2], 0.5, (8, 6))
 
 
-def reconstructed(points, queries, occupancy):
-  # Built inside, so that the weights live on the mesh of the inputs.
-  model = CONFIG.build(nnx.Rngs(0))
-  state = model.init_state(jax.random.key(1))
+def reconstructed(weights, points, queries, occupancy):
+  model, state = weights
   return model(
     points, queries, occupancy, state, train=True, key=jax.random.key(2)
   )
@@ -64,6 +64,7 @@ CASES = [
     differentiable=(0, 1),
     # A rounded coordinate may fall to another code.
     bfloat16_tolerance=None,
+    weights=functools.partial(made, CONFIG),
   ),
   Case(
     "triplane-query",

@@ -130,6 +130,12 @@ def test_lengths_are_uniform_or_even_over_octaves():
     one_d_piece.tail_drop_length(jax.random.key(0), 4, lengths="all")
 
 
+def test_a_length_of_each_image_is_told_by_its_mean():
+  stats = one_d_piece.length_stats(jnp.array([1, 4, 6]))
+  assert stats["length"] == pytest.approx(11 / 3)
+  assert one_d_piece.length_stats(None) == {}
+
+
 def test_the_shortest_good_length_is_chosen():
   tokenizer, state = built(CONFIG)
   indices = encoded().indices
@@ -160,7 +166,7 @@ def test_sizes_and_errors():
   big = TiTokConfig()
   assert big.num_patches == 256 and big.encoder == SIZES["base"]
   tokenizer, state = built(CONFIG)
-  with pytest.raises(ValueError, match="height=4, image_size=8"):
+  with pytest.raises(ValueError, match=r"images must be \[B, 8, 8, C\], got"):
     tokenizer.encode(pictures(side=4), state)
   with pytest.raises(ValueError, match="num_codes must lie in 1..6, got 7"):
     tokenizer.decode(jnp.zeros((1, 7), jnp.int32), state)

@@ -3,7 +3,7 @@
 Published systems:
 
 - `titok`, `one_d_piece`: an image as a row of tokens, of which any beginning
-  is an image.
+  is an image; `two_stage`: the same over the codes of a `vqgan`.
 - `hiera_tok`: continuous tokens on several scales; `ming` with `flow_head`: on
   one, to understand and to generate.
 - `token_flow` (with `dual_quantizer`): one index for meaning and looks.
@@ -72,9 +72,11 @@ __all__ = [
   "titok",
   "token_flow",
   "transformer",
+  "two_stage",
   "types",
   "unicode_glyphs",
   "unicode_tokens",
   "vat",
   "vector_quantizer",
+  "vqgan",
 ]

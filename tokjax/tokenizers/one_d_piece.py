@@ -35,6 +35,7 @@ __all__ = [
   "OneDPiece",
   "OneDPieceConfig",
   "choose_length",
+  "length_stats",
   "tail_drop_length",
 ]
 
@@ -104,27 +105,47 @@ class OneDPiece(TiTok):
     Raises:
       ValueError: if a key is missing.
     """
-    config = self.config
-    if not train or config.lengths == "all":
-      return super().__call__(
-        images, state, train=train, key=key, axis_name=axis_name
-      )
-    if key is None:
-      raise ValueError("key must be given to train with dropped tokens")
-    length_key, key = jax.random.split(key)
+    length, key = self.draw_length(key, images.shape[0], train)
     found, state = self.quantizer(
-      self.vectors(images), state, train=True, key=key, axis_name=axis_name
-    )
-    length = tail_drop_length(
-      length_key,
-      config.num_tokens,
-      (images.shape[0],) if config.per_image else (),
-      lengths=config.lengths,
+      self.vectors(images), state, train=train, key=key, axis_name=axis_name
     )
     output = self.decode_codes(found.codes, length)
     judged = self.judge(images, output, found, axis_name)
-    mean = jnp.mean(length.astype(jnp.float32))
-    return judged._replace(stats={**judged.stats, "length": mean}), state
+    return judged._replace(stats=judged.stats | length_stats(length)), state
+
+  def draw_length(
+    self, key: Key[Array, ""] | None, batch_size: int, train: bool
+  ) -> tuple[Int[Array, "..."] | None, Key[Array, ""] | None]:
+    """How many tokens of a step stay, None for all, and what is left of a key.
+
+    Raises:
+      ValueError: if a key is missing.
+    """
+    config = self.config
+    if not train or config.lengths == "all":
+      return None, key
+    if key is None:
+      raise ValueError("key must be given to train with dropped tokens")
+    length_key, key = jax.random.split(key)
+    shape = (batch_size,) if config.per_image else ()
+    length = tail_drop_length(
+      length_key, config.num_tokens, shape, lengths=config.lengths
+    )
+    return length, key
+
+
+def length_stats(
+  length: Int[Array, "..."] | None,
+) -> dict[str, Float[Array, ""]]:
+  """The mean length of a step under "length"; nothing for all tokens.
+
+  Example:
+    >>> length_stats(jnp.array([2, 4]))["length"].item(), length_stats(None)
+    (3.0, {})
+  """
+  if length is None:
+    return {}
+  return {"length": jnp.mean(length.astype(jnp.float32))}
 
 
 def tail_drop_length(

@@ -16,13 +16,12 @@ Generation". The layout of both sequences, the tables and their scale, norms
 and codes of length one are those of the published code, without its slip of
 reshaping tokens into channels. Pixels are read in one stage by a linear layer,
 as its successor TA-TiTok reads them in one stage; the first TiTok predicts
-codes of a frozen tokenizer before: `proxy`.
+codes of a frozen tokenizer before: `two_stage`.
 """
 
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -30,6 +29,7 @@ from tokjax import checks
 from tokjax.ops import patches
 from tokjax.tokenizers import transformer
 from tokjax.tokenizers.codebook import CodebookConfig, CodebookState
+from tokjax.tokenizers.measures import pixel_loss
 from tokjax.tokenizers.transformer import TransformerConfig
 from tokjax.tokenizers.types import Quantized, Reconstructed
 from tokjax.tokenizers.vector_quantizer import VectorQuantizer, VQConfig
@@ -184,9 +184,7 @@ class TiTok(nnx.Module):
   ) -> Float[Array, "B K d"]:
     """The tokens before they are quantised."""
     config = self.config
-    checks.has_rank(4, images=images)
-    checks.same_size(height=images.shape[1], image_size=config.image_size)
-    checks.same_size(width=images.shape[2], image_size=config.image_size)
+    checks.has_sides(config.image_size, images=images)
     x = patches.patchify(images, config.patch_size)
     x = self.patches(x.astype(self.patches.kernel[...].dtype))
     queries = jnp.zeros_like(x[:, :1]) + self.queries[...][None]
@@ -198,15 +196,24 @@ class TiTok(nnx.Module):
     length: Int[Array, "..."] | int | None = None,
   ) -> Float[Array, "B height width 3"]:
     """Images of code vectors; see `decode`."""
+    size = self.config.patch_size
+    side = self.config.image_size // size
+    x = self.pixels(self.rows(codes, length))
+    return patches.unpatchify(x, (side, side), size)
+
+  def rows(
+    self,
+    codes: Float[Array, "B k d"],
+    length: Int[Array, "..."] | int | None = None,
+  ) -> Float[Array, "B P D"]:
+    """What the decoder has at the patches, before pixels; see `decode`."""
     config = self.config
-    side = config.image_size // config.patch_size
     checks.in_range(1, config.num_tokens, num_codes=codes.shape[1])
     x = self.from_code(codes.astype(self.from_code.kernel[...].dtype))
     blank = jnp.zeros_like(x[:, :1]) + self.mask_token[...][None]
     blank = jnp.repeat(blank, config.num_patches, axis=1)
     mask = None if length is None else self._readable(length, x.shape[1])
-    x = self.decoder(blank, x, mask)[:, 1 : 1 + config.num_patches]
-    return patches.unpatchify(self.pixels(x), (side, side), config.patch_size)
+    return self.decoder(blank, x, mask)[:, 1 : 1 + config.num_patches]
 
   def judge(
     self,
@@ -216,11 +223,8 @@ class TiTok(nnx.Module):
     axis_name: str | None = None,
   ) -> Reconstructed:
     """Joins the loss of pixels to those of the quantizer."""
-    error = images.astype(jnp.float32) - output.astype(jnp.float32)
-    size = jnp.abs if self.config.pixel_loss == "l1" else jnp.square
-    loss = jnp.mean(size(error))
-    if axis_name is not None:
-      loss = jax.lax.pmean(loss, axis_name)
+    kind = self.config.pixel_loss
+    loss = pixel_loss(images, output, kind, axis_name)
     return Reconstructed(output, {"pixels": loss, **found.losses}, found.stats)
 
   def _readable(self, length, num_tokens):
