@@ -12,7 +12,7 @@ frozen encoder, or both (see `tokjax.tokenizers.types`).
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +21,13 @@ import numpy as np
 from flax import nnx
 
 from tokjax import checks
-from tokjax.data import cifar10, image_batches
-from tokjax.eval import image_quality
+from tokjax.data import cifar10, image_batches, image_sets
+from tokjax.data.image_batches import ImageSet
+from tokjax.data.image_crops import RandomResizedCrop
+from tokjax.eval import image_quality, lpips
 from tokjax.models import arrays, vit, vit_weights
-from tokjax.tokenizers import adversarial
+from tokjax.parallel import meshes
+from tokjax.tokenizers import adversarial, two_stage
 from tokjax.tokenizers.adversarial import AdversarialConfig
 from tokjax.tokenizers.discriminator import Discriminator, DiscriminatorConfig
 from tokjax.train import image_classification, loop
@@ -46,9 +49,13 @@ class TokenizerRun:
   """A training run: tokenizer, data, loop."""
 
   tokenizer: Any  # a config of `tokjax.tokenizers` with a method `build`
-  data: str = "cifar10"  # what `tokjax.data.cifar10.load` takes
+  data: str = "cifar10"  # what `cifar10.load` takes, `image_sets` with crop
+  crop: RandomResizedCrop | None = None  # None: data is CIFAR-10
+  splits: tuple[str, str] = ("train", "test")  # of the set that crop needs
+  num_test: int = 1000  # images of the second at most, spread over it
   teacher: str = ""  # folder of a ViT whose patches are the features read
   start: str = ""  # file of a tokenizer of the same shape to begin with
+  proxy: str = ""  # file of the VQGAN that a `two_stage` begins with
   batch_size: int = 64  # images of a step, over all devices and processes
   shift: int = 0  # pixels an image is moved at most
   flip: bool = True  # mirror every other image
@@ -56,6 +63,9 @@ class TokenizerRun:
   discriminator: DiscriminatorConfig = dataclasses.field(
     default_factory=DiscriminatorConfig
   )
+  perceptual: str = ""  # file of the weights of LPIPS (VGG16); "": no such loss
+  perceptual_weight: float = 1.0
+  mesh: meshes.MeshConfig = dataclasses.field(default_factory=meshes.MeshConfig)
   trainer: loop.TrainConfig = dataclasses.field(
     default_factory=lambda: loop.TrainConfig(num_steps=1000)
   )
@@ -82,12 +92,14 @@ class _Buffers(NamedTuple):
   Attributes:
     state: of the tokenizer.
     teacher: the frozen encoder, None without one.
+    perceptual: the weights of LPIPS, None without them.
     game: of the adversarial loss.
     step: updates done.
   """
 
   state: Any
   teacher: vit.Vit | None
+  perceptual: lpips.LpipsWeights | None
   game: adversarial.AdversarialState
   step: Int[Array, ""]
 
@@ -99,20 +111,23 @@ class _Model(NamedTuple):
   discriminator: Discriminator | None
 
 
-def train(run: TokenizerRun) -> Trained:
+def train(
+  run: TokenizerRun, *, devices: Sequence[jax.Device] | None = None
+) -> Trained:
   """Runs a config: reads the data, trains, measures on test images.
 
   Args:
     run: the settings; with a folder of the trainer it can be resumed.
+    devices: what the mesh is made of; None for all.
 
   Returns:
     The tokenizer and how the loop ended; its metrics are those of `evaluate`.
 
   Raises:
-    FileNotFoundError: if data, teacher or start are not there.
+    FileNotFoundError: if data, or a file that the settings name, is not there.
     ValueError: if settings do not fit each other, and as `loop.train`.
   """
-  data, test = cifar10.load(run.data)
+  data, test = _images(run)
   tokenizer, state = _build(run)
   if ("features" in tokenizer.reads) != bool(run.teacher):
     raise ValueError(
@@ -124,54 +139,92 @@ def train(run: TokenizerRun) -> Trained:
     data,
     batch_size=run.batch_size,
     seed=run.seed,
+    crop=run.crop,
     shift=run.shift,
     flip=run.flip,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
   model = _Model(tokenizer, _discriminator(run, tokenizer))
-  buffers = _Buffers(state, teacher, adversarial.init_state(), jnp.int32(0))
+  buffers = _Buffers(
+    state,
+    teacher,
+    _perceptual(run, tokenizer),
+    adversarial.init_state(),
+    jnp.int32(0),
+  )
   trained = loop.train(
     model,
-    functools.partial(_loss, run.adversarial),
+    functools.partial(_loss, run.adversarial, run.perceptual_weight),
     iter(batches.to_iter_dataset(image_classification.READING)),
     run.trainer,
     key=jax.random.fold_in(jax.random.key(run.seed), 1),
+    mesh=run.mesh.make(devices),
     buffers=buffers,
     evaluate=lambda model, held, step: evaluate(
-      model.tokenizer, held.state, test.images, teacher=held.teacher
+      model.tokenizer, held.state, test, teacher=held.teacher
     ),
   )
   averaged = run.trainer.average_decay
   model = trained.state.average if averaged else trained.state.model
   held = trained.state.buffers
   if not trained.metrics and not trained.preempted:  # nothing was left to do
-    found = evaluate(
-      model.tokenizer, held.state, test.images, teacher=held.teacher
-    )
+    found = evaluate(model.tokenizer, held.state, test, teacher=held.teacher)
     trained = trained._replace(metrics=found)
   return Trained(model.tokenizer, held.state, trained)
+
+
+def _images(run):
+  """The training set, and the images of the test set."""
+  if run.crop is None:
+    data, test = cifar10.load(run.data)
+    return data, test.images
+  train, test = run.splits
+  data = ImageSet(image_sets.open_images(run.data, split=train))
+  size = run.crop.size
+  held_out = len(image_sets.open_images(run.data, split=test))
+  return data, image_sets.load(
+    run.data, split=test, size=size, num_images=min(run.num_test, held_out)
+  )
+
+
+def _perceptual(run, tokenizer):
+  if not run.perceptual:
+    return None
+  _check_images(tokenizer, perceptual=run.perceptual)
+  return lpips.read_weights(run.perceptual)
+
+
+def _check_images(tokenizer, **setting):
+  if "images" not in tokenizer.reads:
+    ((name, value),) = setting.items()
+    raise ValueError(
+      f"{name} must be empty for a tokenizer that reads {tokenizer.reads}, "
+      f"got {value!r}"
+    )
 
 
 def _discriminator(run, tokenizer):
   if run.adversarial is None:
     return None
-  if "images" not in tokenizer.reads:
-    raise ValueError(
-      "adversarial must be None for a tokenizer that reads "
-      f"{tokenizer.reads}, got {run.adversarial}"
-    )
+  _check_images(tokenizer, adversarial=run.adversarial)
   key = jax.random.fold_in(jax.random.key(run.seed), 2)
   return jax.jit(lambda: Discriminator(run.discriminator, rngs=nnx.Rngs(key)))()
 
 
-def _loss(config, model, buffers, batch, key):
+def _loss(config, perceptual_weight, model, buffers, batch, key):
   inputs = _inputs(model.tokenizer, buffers.teacher, batch["images"])
   found, state = model.tokenizer(*inputs, buffers.state, train=True, key=key)
   losses, metrics = found.losses, {**found.stats, **found.losses}
   buffers = buffers._replace(state=state)
+  images = image_classification.pixels(batch["images"])
+  if buffers.perceptual is not None:
+    weights = jax.lax.stop_gradient(buffers.perceptual)
+    seen = (images + 1) / 2, (found.output + 1) / 2
+    distance = jnp.mean(lpips.lpips(weights, *seen, precision=None))
+    losses = {**losses, "perceptual": perceptual_weight * distance}
+    metrics = {**metrics, **losses}
   if config is not None:
-    images = image_classification.pixels(batch["images"])
     sides, game = adversarial.losses(
       config,
       model.discriminator,
@@ -302,7 +355,16 @@ def load(path: str, run: TokenizerRun) -> tuple[Any, Any]:
 def _build(run):
   if run.start:
     return load(run.start, run)
-  return jax.jit(functools.partial(_fresh, run))()
+  tokenizer, state = jax.jit(functools.partial(_fresh, run))()
+  if not run.proxy:
+    return tokenizer, state
+  if not isinstance(run.tokenizer, two_stage.TwoStageConfig):
+    raise ValueError(
+      f"proxy must be empty for {type(run.tokenizer).__name__}, got"
+      f" {run.proxy!r}"
+    )
+  alone = dataclasses.replace(run, tokenizer=run.tokenizer.proxy)
+  return tokenizer.with_proxy(*load(run.proxy, alone), state)
 
 
 def _fresh(run):
