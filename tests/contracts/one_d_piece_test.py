@@ -76,6 +76,16 @@ def attended(x):
   return attention.attend(heads, heads, heads, jnp.tril(jnp.ones((5, 5), bool)))
 
 
+def in_parts(x):
+  heads = x.reshape(*x.shape[:2], 2, 4).swapaxes(1, 2)
+  shared = heads[:, :1]  # one of two
+  parts = [
+    attention.attend_with_lse(heads, shared[:, :, part], shared[:, :, part])
+    for part in (slice(0, 2), slice(2, 5))
+  ]
+  return attention.merge(*parts)
+
+
 def row(name, function, inputs=tokens, **settings):
   return Case(name, functools.partial(function, **settings), inputs, (0,), (0,))
 
@@ -84,6 +94,7 @@ CASES = [
   row("transformer", transformed),
   row("transformer-swiglu", transformed, activation="swiglu", context_dim=8),
   row("attend", attended),
+  row("attend-in-parts", in_parts),
   row("one-d-piece", one_d_piece, photos, train=True, learning="gradient"),
   row(
     "one-d-piece-evaluated", one_d_piece, photos, train=False, pixel_loss="l1"

@@ -76,3 +76,76 @@ def test_masks_of_scales():
   )
   with pytest.raises(ValueError, match="side must lie in 1"):
     attention_masks.scale_causal((0, 2))
+
+
+def whole(q, k, v, mask=None):
+  return attention.attend_with_lse(q, k, v, mask)
+
+
+def halves(q, k, v, mask):
+  parts = [
+    attention.attend_with_lse(q, k[:, :, part], v[:, :, part], mask[..., part])
+    for part in (slice(0, 2), slice(2, 5))
+  ]
+  return attention.merge(*parts), attention.merge(*reversed(parts))
+
+
+def test_parts_merge_into_the_whole():
+  q, k, v = heads(4)
+  mask = np.random.default_rng(4).random((2, 5, 5)) < 0.5
+  mask[0, 1] = False  # nothing at all
+  mask[1, 2, :2], mask[1, 2, 2:] = False, True  # nothing in one part
+  want = run(whole, q, k, v, mask)
+  logits = np.float64(q) @ np.float64(k).swapaxes(-1, -2) / 2
+  logits = np.where(mask[:, None], logits, -np.inf)
+  with np.errstate(divide="ignore"):
+    lse = np.log(np.exp(logits).sum(-1))
+  np.testing.assert_allclose(want.lse, lse, rtol=1e-5)
+  for got in run(halves, q, k, v, mask):
+    np.testing.assert_allclose(got.out, want.out, atol=1e-6)
+    np.testing.assert_allclose(got.lse, want.lse, rtol=1e-5)
+
+
+def test_merging_has_the_gradients_of_the_whole():
+  q, k, v = heads(5)
+  mask = np.random.default_rng(5).random((2, 5, 5)) < 0.6
+  mask[0, 1] = False
+
+  def loss(state):
+    lse = jnp.where(jnp.isfinite(state.lse), state.lse, 0)
+    return jnp.sum(state.out**2) + jnp.sum(jnp.sin(lse))
+
+  def gradients(find):
+    return jax.jit(jax.grad(lambda *x: loss(find(*x)), (0, 1, 2)))(q, k, v)
+
+  got = gradients(lambda *x: halves(*x, jnp.asarray(mask))[0])
+  want = gradients(lambda *x: whole(*x, jnp.asarray(mask)))
+  for one, other in zip(got, want, strict=True):
+    assert np.all(np.isfinite(one))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_heads_may_share_keys():
+  q, k, v = heads(6)
+  q = np.concatenate([q, 2 * q], axis=1)  # six heads over three
+  mask = np.random.default_rng(6).random((5, 5)) < 0.7
+  got = run(attention.attend, q, k, v, mask)
+  twice = [np.repeat(x, 2, axis=1) for x in (k, v)]
+  want = run(attention.attend, q, *twice, mask)
+  np.testing.assert_allclose(got, want, atol=1e-6)
+  with pytest.raises(ValueError, match="heads_of_queries must be a multiple"):
+    attention.attend(q[:, :5], k, v)
+
+
+def test_a_bias_joins_the_logits():
+  q, k, v = heads(7)
+  rng = np.random.default_rng(7)
+  bias = rng.normal(size=(1, 3, 5, 5)).astype(np.float32)
+  bias[..., 3] = -1e30  # as good as a mask
+  got = run(attention.attend, q, k, v, None, bias=bias)
+  logits = np.float64(q) @ np.float64(k).swapaxes(-1, -2) / 2 + bias
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  want = weights @ np.float64(v) / weights.sum(-1, keepdims=True)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  with pytest.raises(ValueError, match="bias must be"):
+    attention.attend(q, k, v, bias=bias[:, :2])

@@ -1,4 +1,15 @@
-"""Attention under a mask: the plain form, for what fits in memory."""
+"""Attention under a mask: the plain form, for what fits in memory.
+
+    attend(queries, keys, values, mask)       # [B, H, N, e]
+    parts = [attend_with_lse(queries, k, v) for k, v in pieces]
+    functools.reduce(merge, parts).out        # as over all keys at once
+
+What was read is told by its result and the logarithm of what the softmax
+divided by (`lse`): two such pairs of other keys merge into that of both. Rings,
+sparse and chunked attention are sums of parts in this sense.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,30 +17,47 @@ import jax.numpy as jnp
 from tokjax import checks
 from tokjax.typing import Array, Bool, Float
 
-__all__ = ["attend"]
+__all__ = ["AttentionState", "attend", "attend_with_lse", "merge"]
+
+
+class AttentionState(NamedTuple):
+  """Attention over some of the keys; see `merge`.
+
+  Attributes:
+    out: float32; zeros for a query that read nothing.
+    lse: log of the sum of the exponentials of its logits, float32; -inf for a
+      query that read nothing.
+  """
+
+  out: Float[Array, "B H N e"]
+  lse: Float[Array, "B H N"]
 
 
 def attend(
   queries: Float[Array, "B H N d"],
-  keys: Float[Array, "B H M d"],
-  values: Float[Array, "B H M e"],
+  keys: Float[Array, "B K M d"],
+  values: Float[Array, "B K M e"],
   mask: Bool[Array, "N M"] | Bool[Array, "#B N M"] | None = None,
+  *,
+  bias: Float[Array, "#B #H N M"] | None = None,
 ) -> Float[Array, "B H N e"]:
-  """softmax(q k^T / sqrt(d)) v over the keys that the mask allows.
+  """softmax(q k^T / sqrt(d) + bias) v over the keys that the mask allows.
 
   Args:
     queries: of H heads.
-    keys: of H heads.
+    keys: of K heads; K divides H, and H / K queries in a row share a key.
     values: one per key.
     mask: True where query n may read key m, for all examples or for each;
       None allows all. See `tokjax.ops.attention_masks`.
+    bias: added to the logits.
 
   Returns:
     The mixed values in the dtype of `values`; zeros for a query that may read
     nothing. Softmax and sums are float32.
 
   Raises:
-    ValueError: if the mask has another shape.
+    ValueError: if the mask or the bias has another shape, or K does not
+      divide H.
 
   Example:
     >>> x = jnp.array([[[[1.0], [2.0], [3.0]]]])
@@ -38,12 +66,41 @@ def attend(
 
   Cost: 4 B H N M d FLOPs; the logits take 4 B H N M bytes.
 
-  Source: Vaswani et al. (2017), "Attention is all you need".
+  Source: Vaswani et al. (2017), "Attention is all you need"; shared keys,
+    Ainslie et al. (2023), "GQA".
   """
+  found = attend_with_lse(queries, keys, values, mask, bias=bias)
+  return found.out.astype(values.dtype)
+
+
+def attend_with_lse(
+  queries: Float[Array, "B H N d"],
+  keys: Float[Array, "B K M d"],
+  values: Float[Array, "B K M e"],
+  mask: Bool[Array, "N M"] | Bool[Array, "#B N M"] | None = None,
+  *,
+  bias: Float[Array, "#B #H N M"] | None = None,
+) -> AttentionState:
+  """`attend`, with what `merge` needs; arguments and errors are the same.
+
+  Example:
+    >>> x = jnp.zeros((1, 1, 2, 1))
+    >>> attend_with_lse(x, x, x).lse.tolist()  # log 2
+    [[[0.6931471824645996, 0.6931471824645996]]]
+  """
+  num_heads, num_shared = queries.shape[1], keys.shape[1]
+  checks.divisible(num_shared, heads_of_queries=num_heads)
+  shared = num_heads > num_shared
+  if shared:  # [B, K, H / K * N, d]
+    queries = _fold(queries, num_shared)
   logits = jnp.matmul(
     queries, keys.swapaxes(-1, -2), preferred_element_type=jnp.float32
   )
   logits = logits * queries.shape[-1] ** -0.5
+  if shared:
+    logits = _unfold(logits, num_heads)
+  if bias is not None:
+    logits = logits + _checked(bias, logits).astype(jnp.float32)
   if mask is not None:
     mask = _over_heads(mask, logits.shape)
     logits = jnp.where(mask, logits, -jnp.inf)
@@ -51,10 +108,80 @@ def attend(
   largest = jnp.where(jnp.isfinite(largest), largest, 0)
   weights = jnp.exp(logits - largest)
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  mixed = jnp.matmul(
-    weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+  weights = weights.astype(values.dtype)
+  if shared:
+    weights = _fold(weights, num_shared)
+  mixed = jnp.matmul(weights, values, preferred_element_type=jnp.float32)
+  if shared:
+    mixed = _unfold(mixed, num_heads)
+  some = jnp.where(total > 0, total, 1)
+  lse = jnp.where(total > 0, jnp.log(some) + largest, -jnp.inf)
+  return AttentionState(mixed / some, lse[..., 0])
+
+
+def merge(one: AttentionState, two: AttentionState) -> AttentionState:
+  """Attention over the keys of both, which must be different ones.
+
+      lse = log(exp(lse_1) + exp(lse_2))
+      out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
+
+  Associative and commutative but for rounding; a part that read nothing
+  changes nothing.
+
+  Args:
+    one: over some keys.
+    two: over others, of the same queries.
+
+  Returns:
+    Over all of them.
+
+  Example:
+    >>> one = AttentionState(jnp.ones((1, 1, 1, 1)), jnp.zeros((1, 1, 1)))
+    >>> two = AttentionState(3 * one.out, one.lse)
+    >>> merge(one, two).out.item()
+    2.0
+
+  Source: Milakov, Gimelshein (2018), "Online normalizer calculation for
+    softmax"; Dao et al. (2022), "FlashAttention".
+  """
+  largest = jnp.maximum(one.lse, two.lse)
+  largest = jnp.where(jnp.isfinite(largest), largest, 0)
+  shares = [jnp.exp(part.lse - largest) for part in (one, two)]
+  total = shares[0] + shares[1]
+  some = jnp.where(total > 0, total, 1)
+  out = sum(
+    (share / some)[..., None] * part.out
+    for share, part in zip(shares, (one, two), strict=True)
   )
-  return (mixed / jnp.where(total > 0, total, 1)).astype(values.dtype)
+  lse = jnp.where(total > 0, jnp.log(some) + largest, -jnp.inf)
+  return AttentionState(out, lse)
+
+
+def _fold(x, num_shared):
+  """[B, H, N, d] -> [B, K, H / K * N, d]."""
+  batch, heads, rows, width = x.shape
+  x = x.reshape(batch, num_shared, heads // num_shared, rows, width)
+  return x.reshape(batch, num_shared, -1, width)
+
+
+def _unfold(x, num_heads):
+  """The way back."""
+  batch, shared, _, width = x.shape
+  x = x.reshape(batch, shared, num_heads // shared, -1, width)
+  return x.reshape(batch, num_heads, -1, width)
+
+
+def _checked(bias, logits):
+  checks.has_rank(4, bias=bias)
+  for axis, (got, want) in enumerate(
+    zip(bias.shape, logits.shape, strict=True)
+  ):
+    if got not in ((1, want) if axis < 2 else (want,)):
+      raise ValueError(
+        f"bias must be [1 or B, 1 or H, N, M] of {logits.shape}, got"
+        f" {bias.shape}"
+      )
+  return bias
 
 
 def _over_heads(mask, shape):
