@@ -2,7 +2,18 @@
 
     tokjax claim hiera_tok --data ../shared/data
 
-Not recorded yet.
+Recorded 2026-11-28, two busy AMD EPYC cores, jax 0.10.2, seed 0 only, 400 steps
+of 64 images. PSNR over 3,000 test images:
+
+                                               PSNR   numbers an image
+    scales 1, 2, 4, 8, latents of 6            26.74  510
+    scale 8 alone, latents of 8                28.73  512
+    scale 8 alone, latents of 6                26.85  384
+
+Does not hold, by 1.98 dB: on pictures of 32 pixels as many numbers on the
+finest scale say more, and the coarse scales add nothing to latents as wide.
+The published comparison has an adversarial and a semantic loss, 256 pixels and
+a generator behind it; none of these is measured here.
 """
 
 import dataclasses

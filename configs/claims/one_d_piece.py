@@ -2,7 +2,20 @@
 
     tokjax claim one_d_piece --data ../shared/data
 
-Not recorded yet.
+Recorded 2026-11-28, two busy AMD EPYC cores, jax 0.10.2, seed 0 only, 600 steps
+of 64 images. PSNR over 3,000 test images from the first tokens, and of JPEG and
+WebP in as many bytes without their headers, over those of 500 images that a
+setting brings below (their share in brackets):
+
+    tokens          1      2      4      8      16     32
+    bytes           2      3      5      10     20     40
+    drop            14.62  15.09  16.20  16.93  17.19  17.23
+    whole           12.27  13.22  13.73  14.69  16.02  19.94
+    JPEG            -      -      (.00)  (.04)  (.34)  21.01 (.97)
+    WebP            -      -      -      -      -      (.18)
+
+Holds, by 1.17 dB at least. The price: from all 32 tokens an image comes back
+2.7 dB worse, and JPEG, where it fits, is ahead.
 """
 
 import dataclasses
