@@ -2,16 +2,16 @@
 
     tokjax claim ming --data ../shared/data
 
-Recorded 2026-11-28, two busy AMD EPYC cores, jax 0.10.2, encoder of seed 0 only,
-250 steps of 64 images; 3,000 test images:
+Recorded 2026-11-28, two busy AMD EPYC cores, jax 0.10.2, encoder of seed 0
+only, 250 steps of 64 images; 3,000 test images:
 
                        accuracy   of the latents   PSNR (dB)
     features too         .439          .344          22.75
     pixels alone         .383          .248          24.33
 
 Does not hold by the letter: .056 more images are named right, and from the mean
-latent .095 more, but pixels come back 1.58 dB worse and not 1 dB at most. Longer
-trainings and other weights of the two losses were not measured.
+latent .095 more, but pixels come back 1.58 dB worse and not 1 dB at most.
+Longer trainings and other weights of the two losses were not measured.
 """
 
 import dataclasses

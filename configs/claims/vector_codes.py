@@ -20,9 +20,9 @@ codes find the nearest vector as often as rotated ones, at R@1 or R@100. All the
 rest holds in every draw: additive codes are closest and find most, rotated ones
 are closer than plain ones, and every two more residual codes improve.
 
-An earlier trial did not hold in distortion either: 8 codes of 256 values learned
-from 10,000 vectors of other photographs, five a code, gave AQ .1877, OPQ .1982
-and PQ .1744.
+An earlier trial did not hold in distortion either: 8 codes of 256 values
+learned from 10,000 vectors of other photographs, five a code, gave AQ .1877,
+OPQ .1982 and PQ .1744.
 """
 
 from tokjax.benchmarks import vector_codes
