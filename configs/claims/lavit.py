@@ -2,7 +2,14 @@
 
     tokjax claim lavit --data ../shared/data
 
-Not recorded yet.
+Recorded 2026-11-28, two busy AMD EPYC cores, jax 0.10.2, encoder of seed 0
+only, 300 steps of 64 images. In training 21 of 64 patches are drawn an image,
+as `keep_rate` asks, and restore all features at a cosine of .75; but the
+selector is still undecided: no patch is likelier to stay than to go, so the
+likelier choice of evaluation keeps none, and features come back at .392.
+
+Does not hold after this training, which is too short for the selector to
+choose; nothing is said about longer ones.
 """
 
 from tokjax.benchmarks import image_tokens
@@ -14,9 +21,9 @@ from tokjax.tokenizers.vector_quantizer import VQConfig
 
 
 def _margin(rows):
-  """The smaller of: cosine ahead of chance, correlation with bytes."""
+  """The smaller of: cosine more than .01 ahead of chance, busy images."""
   found = rows["merge"].metrics
-  return min(found["cosine"] - found["random"], found["busy"])
+  return min(found["cosine"] - found["random"] - 0.01, found["busy"])
 
 
 def get_config(data: str) -> Claim:
@@ -41,7 +48,7 @@ def get_config(data: str) -> Claim:
   )
   return Claim(
     statement="The patches that the selector keeps restore the features of all "
-    "better than as many random ones of the same image, and images with more "
+    "better by a cosine of .01 than as many random ones, and images with more "
     "bytes as JPEG get more tokens.",
     runs=(run,),
     measure=image_tokens.by_need,

@@ -233,5 +233,5 @@ def _jpeg_bytes(image: Any) -> int:
 
 
 def _rank_correlation(x, y):
-
-  return float(stats.spearmanr(x, y).statistic)
+  """0 where all of x are the same, which says nothing about y."""
+  return float(stats.spearmanr(x, y).statistic) if np.ptp(x) else 0.0
