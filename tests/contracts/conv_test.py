@@ -5,27 +5,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tests.tokenizers.filled_module import filled
 from tokjax.tokenizers import adversarial
 from tokjax.tokenizers.conv import ConvConfig, ConvDecoder, ConvEncoder
 from tokjax.tokenizers.discriminator import Discriminator, DiscriminatorConfig
-
-
-@functools.cache
-def weights(kind, config):
-  """A module of NumPy arrays: built once, not in every program."""
-  with jax.ensure_compile_time_eval():
-    module = jax.jit(lambda: kind(config, rngs=nnx.Rngs(0)))()
-    return jax.tree.map(np.asarray, module)
-
-
-def build(kind, config):
-  """A module that lives on the mesh of the inputs."""
-  return jax.tree.map(jnp.asarray, weights(kind, config))
 
 
 def images(seed):
@@ -39,17 +26,29 @@ TINY = ConvConfig(
 PLAIN = dataclasses.replace(TINY, flavour="maskgit", attention=False)
 
 
-def coded_and_back(images, other):
-  z = build(ConvEncoder, TINY)(images)
+def coder():
   config = dataclasses.replace(PLAIN, condition_dim=3)
-  return z, build(ConvDecoder, config)(z, other[:, ::2, ::2])
+  return (
+    filled(lambda: ConvEncoder(TINY, rngs=nnx.Rngs(0))),
+    filled(lambda: ConvDecoder(config, rngs=nnx.Rngs(0))),
+  )
 
 
-def judged(images, other, norm):
+def coded_and_back(coder, images, other):
+  encoder, decoder = coder
+  z = encoder(images)
+  return z, decoder(z, other[:, ::2, ::2])
+
+
+def judge(norm):
   config = DiscriminatorConfig(width=4, num_layers=1, norm=norm, groups=4)
+  return filled(lambda: Discriminator(config, rngs=nnx.Rngs(0)))
+
+
+def judged(judge, images, other):
   return adversarial.losses(
     adversarial.AdversarialConfig(start_step=0, lecam_weight=0.1),
-    build(Discriminator, config),
+    judge,
     images,
     other,
     adversarial.init_state(),
@@ -66,11 +65,12 @@ CASES = [
     differentiable=differentiable,
     tolerance=1e-4,
     bfloat16_tolerance=0.1,
+    weights=weights,
   )
-  for name, function, differentiable in (
-    ("conv", coded_and_back, (0, 1)),
-    ("adversarial-group", functools.partial(judged, norm="group"), (1,)),
-    ("adversarial-batch", functools.partial(judged, norm="batch"), (1,)),
+  for name, function, differentiable, weights in (
+    ("conv", coded_and_back, (0, 1), coder),
+    ("adversarial-group", judged, (1,), functools.partial(judge, "group")),
+    ("adversarial-batch", judged, (1,), functools.partial(judge, "batch")),
   )
 ]
 

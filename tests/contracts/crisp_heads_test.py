@@ -7,6 +7,7 @@ from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tests.tokenizers.filled_module import filled
 from tokjax.retrieval import crisp, heads, token_pruning
 
 
@@ -25,11 +26,13 @@ def both_sides(seed):
   return q, d, q_mask, d_mask
 
 
-def head(x, _mask, **settings):
+def head(**settings):
   config = heads.HeadConfig(input_dim=6, output_dim=4, **settings)
-  # Built inside, so that the weights live on the mesh of the inputs.
-  made = heads.ProjectionHead(config, rngs=nnx.Rngs(0))
-  return jax.tree.map(lambda p: p.astype(x.dtype), made)(x)
+  return filled(lambda: heads.ProjectionHead(config, rngs=nnx.Rngs(0)))
+
+
+def project(head, x, _mask):
+  return jax.tree.map(lambda p: p.astype(x.dtype), head)(x)
 
 
 def rows(name, function, **settings):
@@ -39,6 +42,17 @@ def rows(name, function, **settings):
     texts,
     batched=(0, 1),
     differentiable=(0,),
+  )
+
+
+def projected(name, **settings):
+  return Case(
+    name,
+    project,
+    texts,
+    batched=(0, 1),
+    differentiable=(0,),
+    weights=functools.partial(head, **settings),
   )
 
 
@@ -60,11 +74,10 @@ CASES = [
   rows("keep-first", token_pruning.keep_tokens, num_keep=4),
   rows("keep-last", token_pruning.keep_tokens, num_keep=4, keep="last"),
   rows("keep-every", token_pruning.keep_every, step=3),
-  rows("head-linear", head, bias=True),
-  rows("head-ffn", head, kind="ffn", activation="gelu", residual="first"),
-  rows(
+  projected("head-linear", bias=True),
+  projected("head-ffn", kind="ffn", activation="gelu", residual="first"),
+  projected(
     "head-glu",
-    head,
     kind="glu",
     activation="silu",
     residual="all",

@@ -10,6 +10,7 @@ from tests.contracts.harness import Case
 from tokjax.eval import agreement, ranking
 
 
+@jax.jit
 def grades(seed):
   keys = jax.random.split(jax.random.key(seed), 2)
   ranked = jax.random.randint(keys[0], (8, 12), 0, 4).astype(jnp.float32)
@@ -26,6 +27,7 @@ def with_count(seed):
   return ranked, jnp.sum(ranked > 0, axis=1), where
 
 
+@jax.jit
 def rankings(seed):
   keys = jax.random.split(jax.random.key(seed), 17)
   rows = [jax.random.permutation(key, 40)[:10] for key in keys[:16]]
@@ -33,6 +35,7 @@ def rankings(seed):
   return jnp.stack(rows[:8]), jnp.stack(rows[8:]), where
 
 
+@jax.jit
 def scorings(seed):
   keys = jax.random.split(jax.random.key(seed), 2)
   return tuple(jax.random.normal(key, (8, 20)) for key in keys)

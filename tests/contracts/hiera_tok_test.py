@@ -6,10 +6,12 @@ import jax
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
-from tests.tokenizers.tiny_tokenizer import TRUNK, made
+from tests.tokenizers.filled_module import filled_tokenizer
+from tests.tokenizers.tiny_tokenizer import TRUNK
 from tokjax.tokenizers.hiera_tok import HieraTokConfig
 
 
+@jax.jit
 def photos(seed):
   return (jax.random.uniform(jax.random.key(seed), (8, 8, 8, 3), minval=-1),)
 
@@ -23,7 +25,7 @@ def reconstructed(weights, images):
 CONFIG = HieraTokConfig(8, 4, (1, 2), 3, TRUNK, TRUNK)
 CASES = [
   Case("hiera-tok", reconstructed, photos, (0,), (0,),
-       weights=functools.partial(made, CONFIG)),
+       weights=functools.partial(filled_tokenizer, CONFIG)),
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
-from tests.tokenizers.tiny_tokenizer import made
+from tests.tokenizers.filled_module import filled_tokenizer
 from tokjax.tokenizers.codebook import CodebookConfig
 from tokjax.tokenizers.conv import ConvConfig
 from tokjax.tokenizers.illume import IllumeConfig
@@ -58,9 +58,9 @@ def ids(images, features, mask):
 
 CASES = [
   Case("illume", plain, inputs, (0, 1, 2), (1,), 1e-4,
-       weights=functools.partial(made, ILLUME)),
+       weights=functools.partial(filled_tokenizer, ILLUME)),
   Case("illume-plus", plus, inputs, (0, 1, 2), (0, 1), 1e-4,
-       weights=functools.partial(made, PLUS)),
+       weights=functools.partial(filled_tokenizer, PLUS)),
   Case("illume-ids", ids, inputs, (0, 1, 2)),
 ]  # fmt: skip
 

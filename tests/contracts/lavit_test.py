@@ -6,7 +6,8 @@ import jax
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
-from tests.tokenizers.tiny_tokenizer import made, quantizer
+from tests.tokenizers.filled_module import filled_tokenizer
+from tests.tokenizers.tiny_tokenizer import quantizer
 from tokjax.ops.policy_attention import policy_attention
 from tokjax.tokenizers.lavit import LavitConfig
 
@@ -32,7 +33,7 @@ def attended(x):
 
 def weights(**settings):
   config = LavitConfig(8, 6, 4, 1, 2, 2.0, quantizer("ema"), **settings)
-  return functools.partial(made, config)
+  return functools.partial(filled_tokenizer, config)
 
 
 CASES = [

@@ -27,6 +27,7 @@ def without_teacher(seed):
   return scores, mask, weight
 
 
+@jax.jit
 def token_sets(seed):
   keys = jax.random.split(jax.random.key(seed), 3)
   matrix = jax.random.normal(keys[0], (6, 6)) / 3

@@ -6,7 +6,7 @@ import jax
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
-from tests.tokenizers.tiny_tokenizer import made
+from tests.tokenizers.filled_module import filled_tokenizer
 from tokjax.tokenizers.ming import MingTokConfig
 from tokjax.tokenizers.transformer import TransformerConfig
 
@@ -35,7 +35,7 @@ CASES = [
     both,
     batched=(0, 1),
     differentiable=(0, 1),
-    weights=functools.partial(made, CONFIG),
+    weights=functools.partial(filled_tokenizer, CONFIG),
   ),
 ]
 

@@ -6,6 +6,7 @@ from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tests.tokenizers.filled_module import filled
 from tokjax.models import bert
 from tokjax.ops import pooling
 from tokjax.retrieval import colbert, masks
@@ -20,9 +21,12 @@ CONFIG = bert.BertConfig(
 )
 
 
-def bert_forward(ids, attention_mask):
-  # Built inside, so that the weights live on the mesh of the inputs.
-  return bert.Bert(CONFIG, rngs=nnx.Rngs(0))(ids, attention_mask)
+def built():
+  return filled(lambda: bert.Bert(CONFIG, rngs=nnx.Rngs(0)))
+
+
+def bert_forward(model, ids, attention_mask):
+  return model(ids, attention_mask)
 
 
 def token_ids(seed):
@@ -54,7 +58,12 @@ def heads(seed):
 
 CASES = [
   Case(
-    "bert", bert_forward, token_ids, batched=(0, 1), bfloat16_tolerance=None
+    "bert",
+    bert_forward,
+    token_ids,
+    batched=(0, 1),
+    bfloat16_tolerance=None,
+    weights=built,
   ),
   Case("attend", bert.attend, heads, (0, 1, 2, 3), (0, 1, 2)),
   Case("mean_pool", pooling.mean_pool, features, (0, 1), (0,)),

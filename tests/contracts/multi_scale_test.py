@@ -4,10 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tests.tokenizers.filled_module import filled_tokenizer
 from tokjax.tokenizers import gaussian
 from tokjax.tokenizers.codebook import CodebookConfig
 from tokjax.tokenizers.multi_scale_quantizer import MultiScaleConfig
@@ -20,25 +20,23 @@ def maps(seed):
   return x, jax.random.bernoulli(mask_key, 0.7, (8,))
 
 
-def _built(sizes, learning="gradient", **settings):
-  # Built inside, so that the weights live on the mesh of the inputs.
+def quantizer(sizes, learning="gradient", **settings):
   config = MultiScaleConfig(
     CodebookConfig(6, 4, learning=learning),
     sizes,
     code_deviation=1.0,
     **settings,
   )
-  quantizer = config.build(nnx.Rngs(0))
-  return quantizer, quantizer.init_state(jax.random.key(1))
+  return functools.partial(filled_tokenizer, config)
 
 
-def quantized(x, mask, **settings):
-  quantizer, state = _built(**settings)
+def quantized(weights, x, mask):
+  quantizer, state = weights
   return quantizer(x, state, mask, train=True, key=jax.random.key(2))
 
 
-def given(x, mask):
-  quantizer, state = _built((1, 2), num_convolutions=4)
+def given(weights, x, mask):
+  quantizer, state = weights
   indices = quantizer(x, state, mask)[0].indices
   return quantizer.ar_inputs(indices, state), quantizer.lookup(
     indices, state, upto=1
@@ -54,29 +52,15 @@ def drawn(x):
   return gaussian.sample(jax.random.key(3), gaussian.from_features(x))
 
 
-def row(name, function, differentiable=(0,), **settings):
-  return Case(
-    name,
-    functools.partial(function, **settings),
-    maps,
-    batched=(0, 1),
-    differentiable=differentiable,
-  )
-
-
+MAP = quantizer((1, 2), num_convolutions=4)
+ROW = quantizer(
+  (1, 2, 4), "ema", layout="row", num_convolutions=0, learned_maps=True
+)
 CASES = [
-  row("map", quantized, sizes=(1, 2), num_convolutions=4),
-  row(
-    "row-learned-maps",
-    quantized,
-    sizes=(1, 2, 4),
-    learning="ema",
-    layout="row",
-    num_convolutions=0,
-    learned_maps=True,
-  ),
-  row("inputs-of-the-next-scale", given, ()),
-  row("kl-divergence", divergence),
+  Case("map", quantized, maps, (0, 1), (0,), weights=MAP),
+  Case("row-learned-maps", quantized, maps, (0, 1), (0,), weights=ROW),
+  Case("inputs-of-the-next-scale", given, maps, (0, 1), weights=MAP),
+  Case("kl-divergence", divergence, maps, (0, 1), (0,)),
   Case("sample", drawn, lambda seed: maps(seed)[:1], differentiable=(0,)),
 ]
 

@@ -10,16 +10,19 @@ from tokjax.ops.selection import TopK, merge_top_k, streaming_top_k, top_k
 from tokjax.ops.similarity import safe_normalize
 
 
+@jax.jit
 def vectors(seed):
   return (jax.random.normal(jax.random.key(seed), (8, 7)),)
 
 
+@jax.jit
 def search(seed):
   keys = jax.random.split(jax.random.key(seed), 2)
   queries = jax.random.normal(keys[0], (8, 6))
   return queries, jax.random.normal(keys[1], (40, 6))
 
 
+@jax.jit
 def two_selections(seed):
   keys = jax.random.split(jax.random.key(seed), 2)
   a, b = (top_k(jax.random.normal(key, (8, 9)), 4) for key in keys)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tests.tokenizers.filled_module import filled, filled_tokenizer
 from tokjax.tokenizers import code_resets, codebook, quantizers
 from tokjax.tokenizers.codebook import CodebookConfig
 from tokjax.tokenizers.graph_tokens import (
@@ -30,16 +31,13 @@ def vectors(seed):
   return x, jax.random.bernoulli(mask_key, 0.7, x.shape[:2])
 
 
-def quantized(x, mask, *, config):
-  # Built inside, so that the weights live on the mesh of the inputs.
-  quantizer = config.build(nnx.Rngs(0))
-  state = quantizer.init_state(jax.random.key(1))
+def quantized(weights, x, mask):
+  quantizer, state = weights
   return quantizer(x, state, mask, train=True, key=jax.random.key(2))
 
 
-def looked_up(x, mask, *, config):
-  quantizer = config.build(nnx.Rngs(0))
-  state = quantizer.init_state(jax.random.key(1))
+def looked_up(weights, x, mask):
+  quantizer, state = weights
   found, state = quantizer(x, state, mask)
   joint = quantizers.joint_index(found.indices, quantizer.num_codes, 2)
   return joint, quantizer.lookup(found.indices, state)
@@ -63,22 +61,26 @@ def tokens(seed):
   )
 
 
-def encoded(*tokens, composer):
+def encoded(encoder, *tokens):
+  return encoder(GraphTokens(*tokens), key=jax.random.key(1))
+
+
+def encoder(composer):
   config = GraphEncoderConfig(
     3, 6, 2, 3, width=8, max_hops=4, composer=composer, num_layers=1,
     num_heads=2,
   )  # fmt: skip
-  encoder = config.build(nnx.Rngs(0))
-  return encoder(GraphTokens(*tokens), key=jax.random.key(1))
+  return filled(lambda: config.build(nnx.Rngs(0)))
 
 
 def rows(name, config, function=quantized, differentiable=(0,)):
   return Case(
     name,
-    functools.partial(function, config=config),
+    function,
     vectors,
     batched=(0, 1),
     differentiable=differentiable,
+    weights=functools.partial(filled_tokenizer, config),
   )
 
 
@@ -105,10 +107,11 @@ CASES = [
   *(
     Case(
       f"graph-{composer}",
-      functools.partial(encoded, composer=composer),
+      encoded,
       tokens,
       batched=(0, 1, 2),
       bfloat16_tolerance=None,
+      weights=functools.partial(encoder, composer),
     )
     for composer in ("mlp", "transformer")
   ),

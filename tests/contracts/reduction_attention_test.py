@@ -34,6 +34,7 @@ def layers(seed):
   return jnp.stack([q, q + 1], 1), jnp.stack([k, k * 2], 1), mask[:, 1:]
 
 
+@jax.jit
 def scored(seed):
   parts = jax.random.split(jax.random.key(seed), 4)
   features = jax.random.normal(parts[0], (8, 12, 5))
@@ -45,12 +46,14 @@ def scored(seed):
   return features, *scores, mask
 
 
+@jax.jit
 def with_text(seed):
   key = jax.random.fold_in(jax.random.key(seed), 3)
   text = jax.random.normal(key, (8, 4, 5))
   return *scored(seed), text, jnp.ones((8, 4), bool)
 
 
+@jax.jit
 def images(seed):
   return (jax.random.uniform(jax.random.key(seed), (8, 16, 16, 3)),)
 

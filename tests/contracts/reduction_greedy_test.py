@@ -34,11 +34,13 @@ def table(seed):
   return jnp.einsum("bnd,bmd->bnm", x, x) / 6, valid(seed)
 
 
+@jax.jit
 def table_and_bonus(seed):
   x, mask = table(seed)
   return x, mask, jax.random.uniform(jax.random.key(seed), (8, 11))
 
 
+@jax.jit
 def with_pivot(seed):
   pivot = jax.random.randint(jax.random.key(seed), (8,), 0, 11)
   return features(seed)[0], pivot, valid(seed)
@@ -59,12 +61,14 @@ def with_mean(seed):
   return features(seed)[0], normal(seed, 4, 8, 6), valid(seed)
 
 
+@jax.jit
 def with_attention(seed):
   rows = jax.random.uniform(jax.random.key(seed), (2, 8, 11))
   x, mean, mask = with_mean(seed)
   return x, *rows, mean, mask
 
 
+@jax.jit
 def attention(seed):
   kinds = jax.random.randint(jax.random.key(seed), (8, 11), 0, 3)
   return normal(seed, 5, 8, 4, 11, 8), normal(seed, 6, 8, 2, 11, 8), kinds

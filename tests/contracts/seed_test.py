@@ -9,7 +9,7 @@ from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
-from tests.tokenizers.filled_module import filled
+from tests.tokenizers.filled_module import filled_tokenizer
 from tokjax.ops import attention_masks
 from tokjax.ops.contrastive import contrastive_loss
 from tokjax.tokenizers.codebook import CodebookConfig
@@ -33,9 +33,9 @@ def inputs(seed):
 
 
 def made(config):
-  model = filled(lambda: config.build(nnx.Rngs(0)))
+  model, state = filled_tokenizer(config)
   model.log_temperature = nnx.Param(np.float32(-1.0))
-  return model, model.init_state(jax.random.key(1))
+  return model, state
 
 
 def queried(weights, x, mask, _):

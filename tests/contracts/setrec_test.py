@@ -6,6 +6,7 @@ from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tests.tokenizers.filled_module import filled
 from tokjax.ops import item_sets
 from tokjax.tokenizers import sasrec
 from tokjax.tokenizers.sasrec import SasrecConfig
@@ -70,12 +71,12 @@ def setrec():
     cf_dim=3, feature_dim=5, num_semantic=2, hidden=(4,), width=8,
     num_layers=1, history=3,
   )  # fmt: skip
-  return config.build(nnx.Rngs(0))
+  return filled(lambda: config.build(nnx.Rngs(0)))
 
 
 def next_items():
   config = SasrecConfig(9, width=8, num_layers=1, history=3)
-  return config.build(nnx.Rngs(0))
+  return filled(lambda: config.build(nnx.Rngs(0)))
 
 
 CASES = [

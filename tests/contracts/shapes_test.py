@@ -9,6 +9,7 @@ from tokjax.eval import shapes
 from tokjax.ops import winding
 
 
+@jax.jit
 def surfaces(seed):
   keys = jax.random.split(jax.random.key(seed), 4)
   points = jax.random.normal(keys[0], (8, 6, 3))
@@ -27,6 +28,7 @@ def halves(seed):
   return *(jnp.round(4 * x) / 4 for x in (points, targets)), *masks
 
 
+@jax.jit
 def corners(seed):
   keys = jax.random.split(jax.random.key(seed))
   points = jax.random.normal(keys[0], (8, 3))

@@ -25,12 +25,14 @@ def rows(seed, num_rows=24):
   return (jax.random.normal(jax.random.key(seed), (num_rows, 16)),)
 
 
+@jax.jit
 def texts(seed):
   x_key, mask_key = jax.random.split(jax.random.key(seed))
   x = jax.random.normal(x_key, (8, 11, 16))
   return x, jax.random.bernoulli(mask_key, 0.7, x.shape[:2])
 
 
+@jax.jit
 def packed(seed):
   x, _ = texts(seed)
   key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -38,17 +40,20 @@ def packed(seed):
   return x.reshape(88, 16), ids
 
 
+@jax.jit
 def codes(seed):
   key = jax.random.key(seed)
   codes = jax.random.randint(key, (24, 4), 0, 32).astype(jnp.uint8)
   return codes, jax.random.normal(jax.random.fold_in(key, 1), (8, 16))
 
 
+@jax.jit
 def small(seed):
   key = jax.random.key(seed)
   return (jax.random.randint(key, (8, 16), 0, 4).astype(jnp.uint8),)
 
 
+@jax.jit
 def cells(seed):
   return (jax.random.randint(jax.random.key(seed), (8, 3, 16), 0, 14),)
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
-from tests.tokenizers.filled_module import filled
+from tests.tokenizers.filled_module import filled, filled_tokenizer
 from tokjax.tokenizers.codebook import CodebookConfig
 from tokjax.tokenizers.q_former import QFormerConfig
 from tokjax.tokenizers.residual_quantizer import RVQConfig
@@ -58,9 +58,7 @@ def slot_mllm(weights, x, mask, _):
 
 
 def slot_mllm_made(stage):
-  config = dataclasses.replace(CONFIG, stage=stage)
-  model = filled(lambda: config.build(nnx.Rngs(0)))
-  return model, model.init_state(jax.random.key(1))
+  return filled_tokenizer(dataclasses.replace(CONFIG, stage=stage))
 
 
 ALL = (0, 1, 2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
-from tests.tokenizers.tiny_tokenizer import made
+from tests.tokenizers.filled_module import filled_tokenizer
 from tokjax.tokenizers.codebook import CodebookConfig
 from tokjax.tokenizers.conv import ConvConfig
 from tokjax.tokenizers.dual_quantizer import DualConfig, joint_nearest
@@ -58,7 +58,7 @@ CASES = [
     batched=(0, 1),
     differentiable=(0, 1),
     tolerance=1e-4,
-    weights=functools.partial(made, CONFIG),
+    weights=functools.partial(filled_tokenizer, CONFIG),
   ),
   Case("joint-nearest", joined, inputs, batched=(0, 1)),
 ]

@@ -8,10 +8,11 @@ from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tests.tokenizers.filled_module import filled_tokenizer
 from tokjax.tokenizers import codebook, measures
 from tokjax.tokenizers.codebook import CodebookConfig
-from tokjax.tokenizers.residual_quantizer import ResidualQuantizer, RVQConfig
-from tokjax.tokenizers.vector_quantizer import VectorQuantizer, VQConfig
+from tokjax.tokenizers.residual_quantizer import RVQConfig
+from tokjax.tokenizers.vector_quantizer import VQConfig
 
 
 def vectors(seed):
@@ -21,60 +22,61 @@ def vectors(seed):
   return x, jax.random.bernoulli(mask_key, 0.7, x.shape[:2])
 
 
-def vector_quantized(
-  x, mask, *, learning="ema", metric="euclidean", **settings
-):
-  # Built inside, so that the weights live on the mesh of the inputs.
-  book = CodebookConfig(6, 4, metric=metric, learning=learning)
-  quantizer = VectorQuantizer(VQConfig(book, **settings), rngs=nnx.Rngs(0))
-  state = quantizer.init_state(jax.random.key(1))
-  return quantizer(x, state, mask, train=True, key=jax.random.key(2))
-
-
-def residual_quantized(x, mask, *, train=True, **settings):
-  config = RVQConfig(CodebookConfig(6, 4, learning="ema"), 3, **settings)
-  quantizer = ResidualQuantizer(config, rngs=nnx.Rngs(0))
-  state = quantizer.init_state(jax.random.key(1))
+def quantized(weights, x, mask, train=True):
+  quantizer, state = weights
   return quantizer(x, state, mask, train=train, key=jax.random.key(2))
 
 
-def updated(x, mask, **settings):
-  config = CodebookConfig(6, 4, learning="ema", **settings)
-  state = codebook.Codebook(config, rngs=nnx.Rngs(0)).init_state(
+evaluated = functools.partial(quantized, train=False)
+
+
+RESET = CodebookConfig(6, 4, learning="ema", reset="batch")
+
+
+def codes():
+  return codebook.Codebook(RESET, rngs=nnx.Rngs(0)).init_state(
     jax.random.key(1)
   )
+
+
+def updated(state, x, mask):
   index = jnp.where(mask, jnp.arange(5, dtype=jnp.int32)[None], -1)
   return codebook.update(
-    state, x, index, config=config, key=jax.random.key(3)
+    state, x, index, config=RESET, key=jax.random.key(3)
   )  # fmt: skip
 
 
-def rows(name, function, differentiable=(0,), **settings):
+def vector(name, learning, metric="euclidean", **settings):
+  book = CodebookConfig(6, 4, metric=metric, learning=learning)
   return Case(
     name,
-    functools.partial(function, **settings),
+    quantized,
+    vectors,
+    batched=(0, 1),
+    differentiable=(0,),
+    weights=functools.partial(filled_tokenizer, VQConfig(book, **settings)),
+  )
+
+
+def residual(name, function, differentiable=(), **settings):
+  config = RVQConfig(CodebookConfig(6, 4, learning="ema"), 3, **settings)
+  return Case(
+    name,
+    function,
     vectors,
     batched=(0, 1),
     differentiable=differentiable,
+    weights=functools.partial(filled_tokenizer, config),
   )
 
 
 CASES = [
-  rows("vq-ema", vector_quantized),
-  rows(
-    "vq-gradient",
-    vector_quantized,
-    learning="gradient",
-    num_heads=1,
-    metric="cosine",
-    entropy_weight=0.1,
-  ),  # fmt: skip
-  rows("vq-simvq", vector_quantized, learning="simvq", estimator="rotation"),
-  rows("rvq", residual_quantized),
-  rows(
-    "rvq-beam", residual_quantized, differentiable=(), train=False, beam_size=2
-  ),  # fmt: skip
-  rows("codebook-update", updated, (), reset="batch"),
+  vector("vq-ema", "ema"),
+  vector("vq-gradient", "gradient", "cosine", entropy_weight=0.1),
+  vector("vq-simvq", "simvq", estimator="rotation"),
+  residual("rvq", quantized, (0,)),
+  residual("rvq-beam", evaluated, beam_size=2),
+  Case("codebook-update", updated, vectors, (0, 1), weights=codes),
   Case(
     "masked-mean",
     lambda x, mask: measures.masked_mean(x[..., 0], mask),

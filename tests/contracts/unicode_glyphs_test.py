@@ -8,6 +8,7 @@ from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tests.tokenizers.filled_module import filled
 from tokjax.ops import rope
 from tokjax.tokenizers import unicode_glyphs
 from tokjax.tokenizers.glyph_language_model import GlyphLanguageModelConfig
@@ -49,15 +50,16 @@ def packed(ids, table, _):
   return unicode_glyphs.embed(glyphs, ids)
 
 
-def language(ids, table, mask, *, embedding, **settings):
-  # Built inside, so that the weights live on the mesh of the inputs.
-  config = GlyphLanguageModelConfig(
-    7, 8, num_layers=2, num_heads=2, init_scale=0.3, embedding=embedding,
-    max_length=5, **settings,
-  )  # fmt: skip
-  model = config.build(nnx.Rngs(0))
-  rows = table if embedding == "frozen" else None
+def language(model, ids, table, mask):
+  rows = table if model.config.embedding == "frozen" else None
   return model.negative_log_likelihood(ids, rows, mask)
+
+
+def language_model(**settings):
+  config = GlyphLanguageModelConfig(
+    7, 8, num_layers=2, num_heads=2, init_scale=0.3, max_length=5, **settings
+  )
+  return filled(lambda: config.build(nnx.Rngs(0)))
 
 
 CASES = [
@@ -68,11 +70,11 @@ CASES = [
   Case("packed", packed, tokens, (0,), bfloat16_tolerance=None),
   Case("embed", lambda ids, table, _: unicode_glyphs.embed(table, ids),
        tokens, (0, 2)),
-  Case("language-frozen", functools.partial(language, embedding="frozen"),
-       tokens, (0, 2)),
-  Case("language-trainable", functools.partial(
-         language, embedding="trainable", positions="learned"),
-       tokens, (0, 2)),
+  Case("language-frozen", language, tokens, (0, 2),
+       weights=functools.partial(language_model, embedding="frozen")),
+  Case("language-trainable", language, tokens, (0, 2),
+       weights=functools.partial(
+         language_model, embedding="trainable", positions="learned")),
   Case("rotate", rope.rotate, vectors, (0,), (0,)),
 ]  # fmt: skip
 

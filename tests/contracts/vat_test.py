@@ -6,7 +6,7 @@ import jax
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
-from tests.tokenizers.tiny_tokenizer import made
+from tests.tokenizers.filled_module import filled_tokenizer
 from tokjax.ops import fourier, triplanes
 from tokjax.tokenizers import vat
 from tokjax.tokenizers.codebook import CodebookConfig
@@ -64,7 +64,7 @@ CASES = [
     differentiable=(0, 1),
     # A rounded coordinate may fall to another code.
     bfloat16_tolerance=None,
-    weights=functools.partial(made, CONFIG),
+    weights=functools.partial(filled_tokenizer, CONFIG),
   ),
   Case(
     "triplane-query",

@@ -113,20 +113,22 @@ def fitted(x, codes):
   return fit.codes, fit.distortion
 
 
-def product_quantized(x, mask, **settings):
-  # Built inside, so that the weights live on the mesh of the inputs.
+def product(**settings):
   book = CodebookConfig(6, 2, learning="ema")
   config = PQConfig(VQConfig(book), num_groups=2, **settings)
   quantizer = ProductQuantizer(config, rngs=nnx.Rngs(0))
-  state = quantizer.init_state(jax.random.key(1))
-  return quantizer(x, state, mask, train=True)
+  return quantizer, quantizer.init_state(jax.random.key(1))
 
 
-def additive_quantized(x, mask):
+def additive():
   config = AQConfig(CodebookConfig(4, 4), num_books=2)
   quantizer = AdditiveQuantizer(config, rngs=nnx.Rngs(0))
   quantizer.codebooks.codes = nnx.Param(jnp.asarray(BOOKS))
-  state = quantizer.init_state(jax.random.key(1))
+  return quantizer, quantizer.init_state(jax.random.key(1))
+
+
+def quantized(weights, x, mask):
+  quantizer, state = weights
   return quantizer(x, state, mask, train=True)
 
 
@@ -143,20 +145,11 @@ CASES = [
   Case("aq_encode_beam", beam, rows),
   Case("aq_update", updated, coded, batched=(0, 1), tolerance=1e-3),
   Case("aq_fit", fitted, coded, batched=(0, 1), tolerance=1e-3),
-  Case(
-    "product", product_quantized, vectors, batched=(0, 1), differentiable=(0,)
-  ),
-  Case(
-    "product-rotated",
-    functools.partial(product_quantized, rotate=True),
-    vectors,
-    batched=(0, 1),
-    differentiable=(0,),
-  ),
-  Case(
-    "additive", additive_quantized, vectors, batched=(0, 1), differentiable=(0,)
-  ),
-]
+  Case("product", quantized, vectors, (0, 1), (0,), weights=product),
+  Case("product-rotated", quantized, vectors, (0, 1), (0,),
+       weights=functools.partial(product, rotate=True)),
+  Case("additive", quantized, vectors, (0, 1), (0,), weights=additive),
+]  # fmt: skip
 
 
 @harness.all_checks(CASES)

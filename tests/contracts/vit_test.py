@@ -6,6 +6,7 @@ from flax import nnx
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tests.tokenizers.filled_module import filled
 from tokjax.models import positions, reducing, vit, vit_blocks
 from tokjax.models.reducing import Reduction, Taps
 from tokjax.ops import patches, plans
@@ -25,29 +26,30 @@ CONFIG = vit.VitConfig(
 )
 
 
-def model(images, **changes):
-  # Built inside, so that the weights live on the mesh of the inputs.
+def built(**changes):
   config = vit.VitConfig(**{**vars(CONFIG), **changes})
-  built = vit.Vit(config, rngs=nnx.Rngs(0))
-  return jax.tree.map(lambda x: x.astype(images.dtype), built)
+  return filled(lambda: vit.Vit(config, rngs=nnx.Rngs(0)))
+
+
+def pooling_by_attention():
+  return built(class_token=False, pool="attention", num_registers=0)
+
+
+def cast(model, images):
+  return jax.tree.map(lambda x: x.astype(images.dtype), model)
 
 
 def photos(seed, batch=8):
   return (jax.random.normal(jax.random.key(seed), (batch, 8, 8, 3)),)
 
 
-def forward(images):
-  return model(images)(images)
+def forward(model, images):
+  return cast(model, images)(images)
 
 
-def attention_pool(images):
-  changes = {"class_token": False, "pool": "attention", "num_registers": 0}
-  return model(images, **changes)(images)
-
-
-def tapped(images):
+def tapped(model, images):
   taps = Taps(queries=(-1,), keys=(0, -1), hidden=(0,))
-  return model(images).encode(images, taps=taps)
+  return cast(model, images).encode(images, taps=taps)
 
 
 def first_rows(layer, x, keys, size, mask):
@@ -64,19 +66,22 @@ def pairs(layer, x, keys, size, mask):
   return types.fused(x, plans.Merge(slot, weight), index, size=size)
 
 
-def selected_inside(images):
+def selected_inside(model, images):
   reduction = Reduction(first_rows, (0,), "after")
-  encoded = model(images).encode(images, reductions=(reduction,))
+  encoded = cast(model, images).encode(images, reductions=(reduction,))
   return encoded._replace(taps=None)
 
 
-def merged_inside(images):
-  return model(images)(images, reductions=(Reduction(pairs, (0,)),))
+def merged_inside(model, images):
+  reduction = Reduction(pairs, (0,))
+  return cast(model, images)(images, reductions=(reduction,))
 
 
-def frames_inside(images):
+def frames_inside(model, images):
   reduction = Reduction(pairs, (1,), "before", frames=2)
-  return model(images)(images, reductions=(reduction,), proportional=False)
+  return cast(model, images)(
+    images, reductions=(reduction,), proportional=False
+  )
 
 
 def attention_inputs(seed):
@@ -96,24 +101,21 @@ def sizes(seed):
   return (jax.random.uniform(jax.random.key(seed), (8, 5)) + 0.1,)
 
 
+def row(name, function, inputs=photos, weights=built, **settings):
+  return Case(name, function, inputs, (0,), (0,), weights=weights, **settings)
+
+
 CASES = [
-  Case("vit", forward, photos, differentiable=(0,)),
-  Case("vit_attention_pool", attention_pool, photos, differentiable=(0,)),
-  Case(
+  row("vit", forward),
+  row("vit_attention_pool", forward, weights=pooling_by_attention),
+  row(
     "vit_taps",
     tapped,
-    photos,
-    differentiable=(0,),
     bfloat16_tolerance=0.15,  # logits of size 10 after two layers
   ),
-  Case("vit_selected", selected_inside, photos, differentiable=(0,)),
-  Case("vit_merged", merged_inside, photos, differentiable=(0,)),
-  Case(
-    "vit_frames",
-    frames_inside,
-    lambda seed: photos(seed, batch=16),
-    differentiable=(0,),
-  ),
+  row("vit_selected", selected_inside),
+  row("vit_merged", merged_inside),
+  row("vit_frames", frames_inside, lambda seed: photos(seed, batch=16)),
   Case(
     "attend", vit_blocks.attend, attention_inputs, (0, 1, 2, 3), (0, 1, 2, 3)
   ),

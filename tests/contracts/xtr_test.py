@@ -106,11 +106,12 @@ def test_contract(check, case):
 
 
 def test_aggregate_maps_over_queries():
-  documents, scores, mask = entries(0)
-  together = xtr.aggregate(documents, scores, mask, k=5)
+  aggregate = jax.jit(functools.partial(xtr.aggregate, k=5))
+  documents, scores, mask = map(np.asarray, entries(0))
+  together = aggregate(documents, scores, mask)
   for i in range(8):
     rows = (x[i : i + 1] for x in (documents, scores, mask))
-    one = xtr.aggregate(*rows, k=5)
+    one = aggregate(*rows)
     np.testing.assert_array_equal(one.index[0], together.index[i])
     np.testing.assert_allclose(
       jax.device_get(one.scores[0]), together.scores[i], rtol=1e-6

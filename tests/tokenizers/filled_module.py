@@ -2,8 +2,9 @@
 
 import jax
 import numpy as np
+from flax import nnx
 
-__all__ = ["filled"]
+__all__ = ["filled", "filled_tokenizer"]
 
 
 def filled(build, scale=0.4):
@@ -19,3 +20,9 @@ def filled(build, scale=0.4):
     return np.asarray(found, x.dtype)
 
   return jax.tree_util.tree_map_with_path(weights, jax.eval_shape(build))
+
+
+def filled_tokenizer(config):
+  """(tokenizer, state) of a config, with such weights."""
+  tokenizer = filled(lambda: config.build(nnx.Rngs(0)))
+  return tokenizer, tokenizer.init_state(jax.random.key(1))

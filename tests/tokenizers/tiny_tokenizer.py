@@ -20,16 +20,15 @@ def quantizer(learning="gradient", **settings):
   )
 
 
-def made(config):
-  """(tokenizer, state) of a config; to be called under jit."""
-  tokenizer = config.build(nnx.Rngs(0))
-  return tokenizer, tokenizer.init_state(jax.random.key(1))
-
-
 @functools.cache
 def built(config):
   """(tokenizer, state) of a config."""
-  return jax.jit(lambda: made(config))()
+
+  def make():
+    tokenizer = config.build(nnx.Rngs(0))
+    return tokenizer, tokenizer.init_state(jax.random.key(1))
+
+  return jax.jit(make)()
 
 
 def pictures(seed=0, number=3, side=8):

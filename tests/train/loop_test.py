@@ -2,6 +2,7 @@
 
 import collections.abc
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -32,6 +33,12 @@ def assert_same_bits(got, want):
     if jnp.issubdtype(g.dtype, jax.dtypes.prng_key):
       g, w = jax.random.key_data(g), jax.random.key_data(w)
     np.testing.assert_array_equal(np.asarray(g), np.asarray(w))
+
+
+@functools.cache
+def whole(num_steps):
+  """State at the end of a run that nothing interrupts."""
+  return tiny_run.run(num_steps).state
 
 
 def rows_of(folder):
@@ -93,7 +100,7 @@ def test_learns_and_writes_what_it_does(tmp_path, capsys):
 
 
 def test_called_again_it_goes_on_bit_for_bit(tmp_path):
-  want = tiny_run.run(8).state
+  want = whole(8)
   first = tiny_run.run(3, tmp_path)
   assert int(first.state.step) == 3
   second = tiny_run.run(8, tmp_path)
@@ -152,7 +159,7 @@ def test_kill_minus_9_loses_nothing(tmp_path):
   with checkpoint.Checkpoints(tmp_path / "checkpoints") as saves:
     assert saves.latest_step() in (3, 6)
   got = tiny_run.run(11, tmp_path)
-  assert_same_bits(got.state, tiny_run.run(11).state)
+  assert_same_bits(got.state, whole(11))
 
 
 def test_sigterm_saves_and_stops(tmp_path):
@@ -169,7 +176,7 @@ def test_sigterm_saves_and_stops(tmp_path):
   with checkpoint.Checkpoints(tmp_path / "checkpoints") as saves:
     assert saves.latest_step() == stopped
   got = tiny_run.run(stopped + 2, tmp_path)
-  assert_same_bits(got.state, tiny_run.run(stopped + 2).state)
+  assert_same_bits(got.state, whole(stopped + 2))
 
 
 def test_two_processes_stop_together_and_resume(tmp_path):
@@ -199,7 +206,7 @@ def test_two_processes_stop_together_and_resume(tmp_path):
   )
   with checkpoint.Checkpoints(folder / "checkpoints") as saves:
     got = saves.restore(like).state
-  want = tiny_run.run(8).state
+  want = whole(8)
   for g, w in zip(
     jax.tree.leaves(got.model), jax.tree.leaves(want.model), strict=True
   ):
@@ -220,9 +227,9 @@ def test_opens_on_meshes_of_other_sizes_with_equal_values(tmp_path):
     assert kernel.addressable_shards[0].data.shape == (4, 16 // num_devices)
   # Training goes on there, and agrees up to rounding.
   got = tiny_run.run(6, tmp_path, mesh=mesh).state
-  whole = tiny_run.run(6).state
+  want = whole(6)
   np.testing.assert_allclose(
-    got.model.up.kernel[...], np.asarray(whole.model.up.kernel), atol=1e-6
+    got.model.up.kernel[...], np.asarray(want.model.up.kernel), atol=1e-6
   )
 
 
@@ -241,7 +248,7 @@ def test_rules_lay_out_the_whole_state(kind):
   for path, x in jax.tree_util.tree_leaves_with_path(done.state):
     cut = rules.leaf_path(path).endswith("up/kernel")
     assert x.sharding.spec == (jax.P(None, "fsdp") if cut else jax.P())
-  want = tiny_run.run(3).state
+  want = whole(3)
   np.testing.assert_allclose(
     done.state.model.up.kernel[...],
     np.asarray(want.model.up.kernel[...]),
@@ -275,7 +282,7 @@ def test_nan_stops_with_the_batch_and_a_clean_checkpoint(tmp_path, save_every):
     assert saves.latest_step() == (5 if save_every == 1 else None)
   # With good data it goes on as if nothing had been.
   got = tiny_run.run(7, tmp_path)
-  assert_same_bits(got.state, tiny_run.run(7).state)
+  assert_same_bits(got.state, whole(7))
 
 
 def test_nan_without_a_folder_names_a_temporary_file(tmp_path, monkeypatch):
@@ -304,7 +311,7 @@ def test_settings_reach_the_step():
   )
   for x in jax.tree.leaves(done.state.model):
     assert x.dtype == jnp.float32
-  exact = tiny_run.run(3).state.model.up.kernel[...]
+  exact = whole(3).model.up.kernel[...]
   gap = np.abs(np.asarray(done.state.model.up.kernel[...]) - exact).max()
   assert 0 < gap < 0.01  # rounded, and near
   one = meshes.make_mesh(devices=jax.devices()[:1])
