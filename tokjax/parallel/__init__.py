@@ -3,6 +3,15 @@
 - `tokjax.parallel.meshes`: the mesh of a run, and batches on it.
 - `tokjax.parallel.rules`: where each parameter lives, by its path.
 - `tokjax.parallel.topologies`: compiling for devices that are not there.
+
+Exact attention over a sequence that is cut among devices:
+
+- `tokjax.parallel.zigzag`: the order that shares causal work fairly.
+- `tokjax.parallel.ring_attention`: keys and values travel in a ring.
+- `tokjax.parallel.token_ring`: queries travel, and results come home.
+- `tokjax.parallel.ring_costs`: what each sends, and how long it takes.
+- `tokjax.parallel.attention_meetings`, `attention_blocks`: what both are made
+  of.
 """
 
 from tokjax.parallel.topologies import (
