@@ -10,6 +10,7 @@ def test_subjects_are_the_hot_paths():
   assert set(found) == {
     "encode", "greedy_select", "losses", "maxsim", "muvera", "nearest_code",
     "quantizers", "reduction", "reduction_accuracy", "search", "selection",
+    "sparse_attention",
     "trained_retrieval", "vector_codes",
   }  # fmt: skip
   assert all(len(text) > 10 for text in found.values())

@@ -196,8 +196,8 @@ def gated_mlp(
   with 0, 50, 70 and 90 % dropped 101, 52, 36 and 30, of which the gate takes
   20; spreads are wide, and only the last two stand clearly apart. Medians of 7:
   four tokens, whose unions are 100, 94, 76 and 34 %, dense 223, and 209, 180,
-  164 and 121. In bfloat16 XLA on CPU widens all weights before it uses some: dense
-  970, and 820 to 1,020 at any sparsity. No accelerator was timed.
+  164 and 121. In bfloat16 XLA on CPU widens all weights before it uses some:
+  dense 970, and 820 to 1,020 at any sparsity. No accelerator was timed.
 
   Source: the kernels and `SparseSiLU` of the published code; keeping strictly
     what is above is theirs, capacity is ours.
