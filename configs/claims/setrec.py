@@ -2,7 +2,27 @@
 
     tokjax claim setrec --data ../shared/data
 
-Not measured yet: neither holds nor fails.
+Recorded 2026-11-28, two busy AMD EPYC cores, jax 0.10.2, seed 0 only, 400 steps
+of collaborative embeddings and 500 of each of the four; recall and nDCG at 10
+of the test users over all items, and over cold ones where the target is cold:
+
+    pyapi           R@10   nDCG   cold R@10   cold nDCG   ms a user
+    set             .237   .123     .486        .297        .33
+    one of CF       .208   .113     .071        .029        .11
+    semantic only   .224   .119     .557        .310        .25
+    sequence        .184   .091     .286        .139        .79
+
+    Beauty, 5,000 users, ids only
+    set             .0138  .0064                            .48
+    one of CF       .0102  .0056                            .18
+    semantic only   .0114  .0053                            .36
+    sequence        .0122  .0073                           1.38
+
+Holds on `pyapi`, by .004 of nDCG at least, and answers 2.4 times as fast as the
+sequence. On Beauty it finds most targets but ranks them lower than the sequence
+does, so that the claim does not hold there, by .0009 of nDCG: so short a
+training finds one target in a hundred. Cold items are found best from semantic
+vectors alone.
 """
 
 import functools
