@@ -93,6 +93,7 @@ class TiTok(nnx.Module):
     ValueError: for sizes that do not fit.
 
   Example:
+    >>> import jax
     >>> small = TransformerConfig(width=8, num_layers=1, num_heads=2)
     >>> book = CodebookConfig(num_codes=16, dim=4, metric="cosine")
     >>> config = TiTokConfig(8, 4, 3, small, small, VQConfig(book))
