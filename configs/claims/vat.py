@@ -2,7 +2,16 @@
 
     tokjax claim vat --data ../shared/data
 
-Not recorded yet.
+Recorded 2026-11-28, two busy AMD EPYC cores, jax 0.10.2, seed 0 only, 1,500
+steps. Overlap (IoU) with unseen unions, then with the 3D meshes, by bytes:
+
+               8           16          64
+    VAT       .013 .209   .012 .210   .013 .211
+    voxels    .462 .553   .541 .586   .657 .720
+
+Does not hold, by .528: after this training the decoder says "outside" nearly
+everywhere, whatever the number of bytes, so that nothing is said about tokens.
+A few solids are learned in a test; why unions are not is not known.
 """
 
 import functools
