@@ -2,11 +2,14 @@
 
     tokjax claim slot_mllm --data ../shared/data
 
-Begun 2026-11-28 on two busy AMD EPYC cores, jax 0.10.2, encoder of seed 0, 250
-steps a stage, and not finished: the levels of codes are not measured yet.
-Adjusted Rand index and cosine of the decoded features over 1,000 mosaics:
-.164 and .6124 where slots compete, .151 and .6120 where they attend. So near
-each other, of one seed and a short training, they show no difference.
+Recorded 2026-11-28, two busy AMD EPYC cores, jax 0.10.2, encoder of seed 0
+only, 250 steps a stage. Adjusted Rand index of where slots lie and cosine of
+the decoded features, over 1,000 mosaics of four pictures: .164 and .6124 where
+slots compete, .151 and .6120 where each attends for itself; the right quarters
+would have .300. With 1, 2, 3 and 4 levels of codes the cosine is .576, .599,
+.606 and .609, and slots come back at .937, .963, .974 and .979.
+
+Holds, by .013 of the index: little, of one seed and a short training.
 """
 
 import functools

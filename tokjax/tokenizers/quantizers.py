@@ -15,8 +15,10 @@ for vectors (`tokjax.tokenizers.graph_tokens`). Its comparison is `compare`,
 worked out from the quantizers themselves.
 
 Source: Li et al., 2025, "Discrete Tokenization for Multimodal LLMs: A
-Comprehensive Survey". Ours: the width of projected codes, 8, and the counts
-below which a code is dead, .25 of a vector a step.
+Comprehensive Survey". Ours: the width of projected codes, 8; the counts below
+which a code is dead, .25 of a vector a step; "vq_gumbel" without losses of its
+own and "lfq" with a commitment of .25, without which both collapsed in
+`configs/claims/quantizers.py`.
 """
 
 import math
@@ -83,6 +85,14 @@ def _vq(width, bits, estimator="straight_through", **settings):
   return VQConfig(book, estimator=estimator)
 
 
+def _gumbel(width, bits):
+  # Losses that pull a vector to a code drawn at random keep all codes together.
+  book = CodebookConfig(2**bits, width)
+  return VQConfig(
+    book, estimator="gumbel", commitment_weight=0.0, codebook_weight=0.0
+  )
+
+
 def _cosine(width, bits):
   book = CodebookConfig(2**bits, min(_NARROW, width), metric="cosine")
   return VQConfig(book, input_dim=width)
@@ -98,9 +108,9 @@ def _rvq(width, bits):
   return RVQConfig(_ema(width, bits // stages), stages)
 
 
-def _signs(kind):
+def _signs(kind, **settings):
   return lambda width, bits: LookupFreeConfig(
-    kind, num_bits=bits, input_dim=width
+    kind, num_bits=bits, input_dim=width, **settings
   )
 
 
@@ -116,7 +126,7 @@ TABLE: dict[str, Callable[[int, int], Any]] = {
   "vq_rotation": lambda width, bits: _vq(width, bits, "rotation"),
   "vq_cosine": _cosine,
   "vq_ibq": lambda width, bits: _vq(width, bits, "index"),
-  "vq_gumbel": lambda width, bits: _vq(width, bits, "gumbel"),
+  "vq_gumbel": _gumbel,
   "rvq": _rvq,
   "grouped_rvq": lambda width, bits: GroupedConfig(
     _rvq(width // 2, bits // 2), num_groups=2
@@ -127,7 +137,7 @@ TABLE: dict[str, Callable[[int, int], Any]] = {
   "fsq": lambda width, bits: LookupFreeConfig(
     "fsq", fsq_levels(bits), input_dim=width
   ),
-  "lfq": _signs("lfq"),
+  "lfq": _signs("lfq", commitment_weight=0.25),
   "bsq": _signs("bsq"),
 }
 
