@@ -57,6 +57,7 @@ def load(
   *,
   split: str | None = None,
   num_images: int | None = None,
+  at_most: bool = False,
   resample: str = "bicubic",
   data_dir: str | os.PathLike = "~/tensorflow_datasets",
 ) -> UInt8[np.ndarray, "N H W 3"]:
@@ -69,6 +70,7 @@ def load(
     split: as in `open_images`.
     num_images: how many, evenly spaced in the set, so that one that is sorted
       by class gives of all classes; None for all.
+    at_most: take all of a smaller set, instead of an error.
     resample: filter of the resizing; state it beside metrics.
     data_dir: as in `open_images`.
 
@@ -89,7 +91,7 @@ def load(
   """
   found = open_images(name, split=split, data_dir=data_dir)
   rows = np.arange(len(found))
-  if num_images is not None:
+  if num_images is not None and not (at_most and num_images > len(found)):
     checks.in_range(1, len(found), num_images=num_images)
     rows = np.arange(num_images) * len(found) // num_images
   if size is not None:

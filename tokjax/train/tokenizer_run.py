@@ -181,10 +181,12 @@ def _images(run):
     return data, test.images
   train, test = run.splits
   data = ImageSet(image_sets.open_images(run.data, split=train))
-  size = run.crop.size
-  held_out = len(image_sets.open_images(run.data, split=test))
   return data, image_sets.load(
-    run.data, split=test, size=size, num_images=min(run.num_test, held_out)
+    run.data,
+    split=test,
+    size=run.crop.size,
+    num_images=run.num_test,
+    at_most=True,
   )
 
 
