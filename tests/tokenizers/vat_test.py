@@ -142,7 +142,8 @@ def test_fewer_scales_are_the_first_tokens():
 
 
 def test_training_quantises_samples_and_evaluation_means():
-  model, state = made(config())
+  noisy = dataclasses.replace(config(), first_deviation=1.0)
+  model, state = made(noisy)
   inputs = shapes()
   one, two = (
     call(model, *inputs, state, jax.random.key(seed), train=True)
@@ -151,7 +152,7 @@ def test_training_quantises_samples_and_evaluation_means():
   assert not np.allclose(one[0].output, two[0].output, atol=1e-3)
   assert not np.allclose(one[1].counts, state.counts)
   # With next to no variance a sample is the mean.
-  sure, _ = made(config())
+  sure, _ = made(noisy)
   bias = jnp.concatenate([jnp.zeros(4), jnp.full(4, -30.0)])
   sure = nnx.clone(sure)
   sure.to_gaussian.kernel = nnx.Param(

@@ -1,7 +1,8 @@
 """Shapes as tokens: how well a tokenizer stores them in so many bytes.
 
 A small VAT is trained on random unions of balls, boxes and tori and on a folder
-of meshes, mirrored, turned and stretched. It is measured on unions that it has
+of meshes, mirrored, turned and stretched, with Gaussians alone and then with
+codes. It is measured on unions that it has
 not seen and on the meshes as they are, which it has seen: there the decoder,
 whose bytes are not counted, may remember them. Prefixes of the scales are
 compared with what the same bytes hold without training: a grid of voxels of a
@@ -37,7 +38,7 @@ _SIDE = 1.8  # longest side of a mesh in the cube -1..1
 _DEVIATION = 0.05  # of queries near the surface
 _THRESHOLD = 0.02 * _SIDE  # of the F-score
 _GRID = 32  # cells a side for marching cubes
-_NUM_POINTS = 192  # that the encoder sees
+_NUM_POINTS = 128  # that the encoder sees
 _NUM_QUERIES = 384  # of a shape and a step, in the volume and near each
 _NUM_SOLIDS = 24  # unseen ones to measure on
 _BATCH = 16  # shapes of a step, half of them meshes
@@ -50,17 +51,19 @@ class ShapeRun:
   Attributes:
     dataset: folder of `.obj` files.
     seed: of weights, samples and draws.
-    num_steps: of training.
+    first_steps: of training with Gaussians alone.
+    num_steps: of training with codes, after those.
     width: of all transformers.
-    learning_rate: at its peak.
+    learning_rate: at its peak, in both.
     learning: of the codebook.
   """
 
   dataset: str
   seed: int = 0
+  first_steps: int = 1500
   num_steps: int = 1500
   width: int = 64
-  learning_rate: float = 2e-3
+  learning_rate: float = 1e-3
   learning: str = "ema"
 
 
@@ -159,9 +162,11 @@ def _posed(shape, random, num_points, num_queries):
   return Shape(surface, meshes.SolidSamples(places, inside & within), near)
 
 
-def _batches(run: ShapeRun, examples: Sequence[Shape]) -> Iterator[tuple]:
+def _batches(
+  run: ShapeRun, examples: Sequence[Shape], stage: int
+) -> Iterator[tuple]:
   """Half random unions, half meshes, always other ones."""
-  random = np.random.default_rng((run.seed, 1 << 20))
+  random = np.random.default_rng((run.seed, stage, 1 << 20))
   number = _NUM_POINTS, _NUM_QUERIES
   while True:
     chosen = random.integers(0, len(examples), _BATCH // 2)
@@ -185,9 +190,9 @@ def _points(shape):
 
 def _config(run):
   width = run.width
-  stack = functools.partial(TransformerConfig, num_heads=4, init_scale=0.1)
+  stack = functools.partial(TransformerConfig, num_heads=4, init_scale=0.125)
   return vat.VATConfig(
-    # One byte a token; prefixes of 1, 2, 4, ... 128 bytes.
+    # One byte a token; prefixes of 1, 2, 4, ... 64 bytes.
     quantizer=MultiScaleConfig(
       CodebookConfig(
         256,
@@ -197,7 +202,7 @@ def _config(run):
         reset="batch" if run.learning == "ema" else "none",
         reset_threshold=0.1,
       ),
-      (1, 1, 2, 4, 8, 16, 32, 64),
+      (1, 1, 2, 4, 8, 16, 32),
       layout="row",
       up="linear",
       num_convolutions=0,
@@ -207,12 +212,14 @@ def _config(run):
     encoder=stack(width, 2),
     decoder=stack(width, 2),
     planes=stack(width, 1, context_dim=width),
-    num_frequencies=6,
+    num_frequencies=3,
+    normals="raw",
     plane_tokens=8,
     plane_shuffle=4,
     plane_dim=16,
     head_width=64,
     num_volume=_NUM_QUERIES,
+    near_weight=1.0,  # solids are small: few places of the volume are inside
   )
 
 
@@ -229,21 +236,27 @@ def train(
   Returns:
     The tokenizer and the state of its codebook.
   """
-  config = _config(run)
+  model = jax.jit(lambda: _config(run).build(nnx.Rngs(run.seed)))()
   key = jax.random.key(run.seed)
-  model = jax.jit(lambda: config.build(nnx.Rngs(run.seed)))()
-  optimizer = OptimizerConfig(
-    learning_rate=run.learning_rate, warmup_steps=run.num_steps // 20
-  )
-  done = loop.train(
-    model,
-    _loss,
-    _batches(run, examples),
-    loop.TrainConfig(run.num_steps, optimizer, log_every=log_every),
-    key=jax.random.fold_in(key, 1),
-    buffers=model.init_state(jax.random.fold_in(key, 2)),
-  )
-  return done.state.model, done.state.buffers
+  state = model.init_state(jax.random.fold_in(key, 0))
+  stages = (False, run.first_steps), (True, run.num_steps)
+  for number, (quantize, num_steps) in enumerate(stages, 1):
+    if not num_steps:
+      continue
+    model.config = dataclasses.replace(model.config, quantize=quantize)
+    optimizer = OptimizerConfig(
+      learning_rate=run.learning_rate, warmup_steps=num_steps // 20
+    )
+    done = loop.train(
+      model,
+      _loss,
+      _batches(run, examples, number),
+      loop.TrainConfig(num_steps, optimizer, log_every=log_every),
+      key=jax.random.fold_in(key, number),
+      buffers=state,
+    )
+    model, state = done.state.model, done.state.buffers
+  return model, state
 
 
 def _loss(model, buffers, batch, key):

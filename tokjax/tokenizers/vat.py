@@ -24,15 +24,19 @@ counts, the triplane. From code of Zhang et al., 2023, "3DShape2VecSet"
 (1zb/3DShape2VecSet): Fourier features, losses and their weights. Ours, because
 nothing is known: all sizes, the maps between scales (`multi_scale_quantizer`),
 learned queries of the planes that read the latents, one shuffle of pixels and a
-convolution to enlarge them. In training samples are quantised, in evaluation
-means.
+convolution to enlarge them; and how learning starts, without which it did not:
+rows of latents and planes from waves of places, as points are embedded, little
+noise, and answers of "outside". In training samples are quantised, in
+evaluation means.
 """
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tokjax import checks
@@ -95,6 +99,8 @@ class VATConfig:
   plane_dim: int = 32  # features of a cell
   combine: Combine = "sum"  # of what three planes say of a place
   head_width: int = 128  # of the two layers from there to a logit
+  first_logit: float = -2.0  # of an untrained model: most of the cube is empty
+  first_deviation: float = 0.05  # of the latents of an untrained model
   quantize: bool = True  # False: Gaussians alone, to begin training with
   num_volume: int = 1024  # first queries, in the volume; the rest are near
   near_weight: float = 0.1  # of the loss near the surface
@@ -141,22 +147,29 @@ class Vat(nnx.Module):
     self.quantizer = MultiScaleQuantizer(config.quantizer, rngs=rngs)
     num_latents = self.quantizer.num_tokens
     dim = config.quantizer.codebook.dim
-    linear, table = transformer.linear, transformer.table
+    linear = transformer.linear
 
     features = 3 * (1 + 2 * config.num_frequencies)
     normals = features if config.normals == "fourier" else 3
     self.embed = linear(encoder, features + normals, encoder.width, rngs)
-    self.latents = table(num_latents, encoder.width, rngs)
+    # Latents start as points of the cube, read as the given points are.
+    start = jax.random.uniform(rngs.params(), (num_latents, 3), minval=-1)
+    x = fourier_features(start, num_frequencies=config.num_frequencies)
+    self.latents = nnx.Param(x @ self.embed.kernel[...][:features])
     self.encoder = Transformer(encoder, rngs=rngs)
     self.to_gaussian = linear(encoder, encoder.width, 2 * dim, rngs)
+    # Little noise at first: what drowns is never learned to be read.
+    log_variance = jnp.full(dim, 2 * math.log(config.first_deviation))
+    self.to_gaussian.bias[...] = jnp.pad(log_variance, (dim, 0))
 
     self.from_codes = linear(decoder, dim, decoder.width, rngs)
-    self.places = table(num_latents, decoder.width, rngs)
+    self.places = _rows_of_places(start, decoder.width, rngs)
     self.decoder = Transformer(decoder, rngs=rngs)
-    self.plane_queries = table(3 * config.plane_tokens**2, planes.width, rngs)
+    cells = _places_of_planes(config.plane_tokens)
+    self.plane_queries = _rows_of_places(cells, planes.width, rngs)
     self.planes = Transformer(planes, rngs=rngs)
-    cells = config.plane_shuffle**2 * config.plane_dim
-    self.to_cells = linear(planes, planes.width, cells, rngs)
+    outputs = config.plane_shuffle**2 * config.plane_dim
+    self.to_cells = linear(planes, planes.width, outputs, rngs)
     self.smooth = nnx.Conv(
       config.plane_dim, config.plane_dim, (3, 3), rngs=rngs
     )
@@ -168,6 +181,7 @@ class Vat(nnx.Module):
         nnx.Linear(config.head_width, 1, rngs=rngs),
       ]
     )
+    self.head[-1].bias[...] = jnp.full(1, config.first_logit)
 
   def init_state(self, key: Key[Array, ""]) -> CodebookState:
     """The codebook's state before the first step."""
@@ -337,6 +351,24 @@ def bytes_per_shape(
   return multi_scale_quantizer.num_bytes(config.quantizer, upto=num_scales)
 
 
+def _places_of_planes(side):
+  """[3 side^2, 6]: the middle of each cell, and a one on the axis it lacks."""
+  along = (np.arange(side) + 0.5) / side * 2 - 1
+  first, second = (x.ravel() for x in np.meshgrid(along, along, indexing="ij"))
+  cells = np.zeros((3, side**2, 6), np.float32)
+  for plane, (u, v) in enumerate([(0, 1), (0, 2), (1, 2)]):
+    cells[plane, :, u], cells[plane, :, v] = first, second
+    cells[plane, :, 6 - u - v] = 1
+  return jnp.asarray(cells.reshape(-1, 6))
+
+
+def _rows_of_places(places, width, rngs):
+  """Learned rows that start alike where places are near each other."""
+  x = fourier_features(places, num_frequencies=3)
+  mix = jax.random.normal(rngs.params(), (x.shape[-1], width))
+  return nnx.Param(x @ mix * math.sqrt(2 / x.shape[-1]))
+
+
 def _check(config):
   checks.one_of(get_args(Combine), combine=config.combine)
   checks.one_of(get_args(Normals), normals=config.normals)
@@ -350,3 +382,4 @@ def _check(config):
     plane_shuffle=config.plane_shuffle, plane_dim=config.plane_dim,
     head_width=config.head_width,
   )  # fmt: skip
+  checks.in_range(1e-6, 1e6, first_deviation=config.first_deviation)
