@@ -3,7 +3,8 @@
 Texts: `Bert`, read with its tokenizer and head by `load`. Images:
 `tokjax.models.vit`, shapes in `vit_shapes`, weights by `vit_weights`, pixels by
 `images`; `reducing` says what a host shows of its layers and where reductions
-work.
+work. `tokjax.models.biformer`, shapes in `biformer_shapes`, weights by
+`biformer_weights`: a pyramid with bi-level routing attention.
 """
 
 from tokjax.models.bert import Bert, BertConfig

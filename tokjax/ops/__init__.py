@@ -14,6 +14,7 @@
 - `code_entropy`: losses that make choices of codes sure and even;
   `code_usage`: which codes are in use.
 - `contrastive`: pairs against all others of the batch.
+- `depthwise`: convolutions of each channel by itself.
 - `estimators`: gradients past a choice of code.
 - `fourier`: coordinates as waves; `rope`: rotated positions.
 - `item_sets`: masks, positions and scores of items that are sets.
@@ -48,6 +49,7 @@ __all__ = [
   "code_usage",
   "contrastive",
   "density_peaks",
+  "depthwise",
   "distances",
   "estimators",
   "fourier",
