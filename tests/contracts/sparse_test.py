@@ -4,8 +4,10 @@ import jax
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tokjax.ops import mask_rules
 from tokjax.sparse import anchor_attention as aa
 from tokjax.sparse.anchor_attention import AnchorConfig
+from tokjax.sparse.rule_attention import rule_attention
 
 
 def heads(seed):
@@ -22,7 +24,19 @@ def anchored(q, k, v):
   return read, stats, aa.recall(read.lse, q, k)
 
 
+def ruled(q, k, v):
+  given = mask_rules.tokens(q.shape[2])
+  return rule_attention(q, k, v, mask_rules.causal, given, block_size=8)
+
+
 CASES = [
+  Case(
+    "rule-attention",
+    ruled,
+    heads,
+    batched=(0, 1, 2),
+    differentiable=(0, 1, 2),
+  ),
   Case(
     "anchor-attention",
     anchored,

@@ -17,7 +17,13 @@ import jax.numpy as jnp
 from tokjax import checks
 from tokjax.typing import Array, Bool, Float
 
-__all__ = ["AttentionState", "attend", "attend_with_lse", "merge"]
+__all__ = [
+  "AttentionState",
+  "attend",
+  "attend_cotangents",
+  "attend_with_lse",
+  "merge",
+]
 
 
 class AttentionState(NamedTuple):
@@ -155,6 +161,74 @@ def merge(one: AttentionState, two: AttentionState) -> AttentionState:
   )
   lse = jnp.where(total > 0, jnp.log(some) + largest, -jnp.inf)
   return AttentionState(out, lse)
+
+
+def attend_cotangents(
+  queries: Float[Array, "B H N d"],
+  keys: Float[Array, "B K M d"],
+  values: Float[Array, "B K M e"],
+  mask: Bool[Array, "N M"] | Bool[Array, "#B N M"] | None,
+  *,
+  lse: Float[Array, "B H N"],
+  delta: Float[Array, "B H N"],
+  d_out: Float[Array, "B H N e"],
+) -> tuple[
+  Float[Array, "B H N d"], Float[Array, "B K M d"], Float[Array, "B K M e"]
+]:
+  """What some of the keys add to the cotangents of attention over all.
+
+  The weights are made again from `lse`, so that nothing but it and the result
+  is kept for the backward pass.
+
+  Args:
+    queries: as of `attend`.
+    keys: some of those that were read.
+    values: theirs.
+    mask: as of `attend`, of these keys.
+    lse: over all keys; where it is -inf the mask allows nothing.
+    delta: sum of d_out * out over the width, with the result over all keys;
+      less the cotangent of `lse`, if that has one.
+    d_out: cotangent of the result over all keys.
+
+  Returns:
+    float32 cotangents of queries, keys and values; those of the queries are to
+    be summed over all parts of the keys.
+
+  Example:
+    >>> x = jnp.ones((1, 1, 1, 1))
+    >>> found = attend_cotangents(
+    ...   x, x, x, None, lse=x[..., 0], delta=0 * x[..., 0], d_out=x)
+    >>> found[2].item()  # one key has all the weight
+    1.0
+
+  Cost: 10 B H N M d FLOPs.
+  """
+  shape = keys.shape[:2]  # B, K
+
+  def grouped(x):  # [B, H, n, ...] -> [B, K, H / K, n, ...]
+    return x.reshape(*shape, -1, *x.shape[2:])
+
+  rows, d_mixed = grouped(queries), grouped(d_out)
+  scale = rows.shape[-1] ** -0.5
+  logits = _product("bkgnd,bkmd->bkgnm", rows, keys) * scale
+  weights = jnp.exp(logits - grouped(lse)[..., None])
+  if mask is not None:
+    mask = mask[None] if mask.ndim == 2 else mask
+    weights = jnp.where(mask[:, None, None], weights, 0)
+  d_weights = _product("bkgne,bkme->bkgnm", d_mixed, values)
+  d_logits = weights * (d_weights - grouped(delta)[..., None]) * scale
+  weights = weights.astype(d_out.dtype)
+  d_logits = d_logits.astype(rows.dtype)
+  d_rows = _product("bkgnm,bkmd->bkgnd", d_logits, keys)
+  return (
+    d_rows.reshape(queries.shape),
+    _product("bkgnm,bkgnd->bkmd", d_logits, rows),
+    _product("bkgnm,bkgne->bkme", weights, d_mixed),
+  )
+
+
+def _product(equation, x, y):
+  return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
 def _fold(x, num_shared):

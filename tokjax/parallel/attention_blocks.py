@@ -259,7 +259,16 @@ def pull_block(
   """
 
   def some(start, part):
-    return _block_cotangents(part, keys, _mask(part, keys, start, triangle))
+    d_rows, *d_keys = attention.attend_cotangents(
+      part.rows,
+      keys.keys,
+      keys.values,
+      _mask(part, keys, start, triangle),
+      lse=part.lse,
+      delta=part.delta,
+      d_out=part.d_out,
+    )
+    return d_rows, KeyGradients(*d_keys)
 
   num_rows = asking.rows.shape[2]
   if num_rows <= query_chunk:
@@ -273,35 +282,6 @@ def pull_block(
   chunks = _chunks(asking, query_chunk)
   d_keys, d_rows = jax.lax.scan(step, _no_gradients(keys), chunks)
   return _unchunk(d_rows, num_rows), d_keys
-
-
-def _block_cotangents(asking, keys, mask):
-  shape = keys.keys.shape[:2]  # B, K
-
-  def grouped(x):  # [B, H, n, ...] -> [B, K, H / K, n, ...]
-    return x.reshape(*shape, -1, *x.shape[2:])
-
-  rows, d_out = grouped(asking.rows), grouped(asking.d_out)
-  scale = rows.shape[-1] ** -0.5
-  logits = _product("bkgnd,bkmd->bkgnm", rows, keys.keys) * scale
-  weights = jnp.exp(logits - grouped(asking.lse)[..., None])
-  if mask is not None:
-    mask = mask[None] if mask.ndim == 2 else mask
-    weights = jnp.where(mask[:, None, None], weights, 0)
-  d_weights = _product("bkgne,bkme->bkgnm", d_out, keys.values)
-  d_logits = weights * (d_weights - grouped(asking.delta)[..., None]) * scale
-  weights = weights.astype(d_out.dtype)
-  d_logits = d_logits.astype(rows.dtype)
-  d_rows = _product("bkgnm,bkmd->bkgnd", d_logits, keys.keys)
-  gradients = KeyGradients(
-    keys=_product("bkgnm,bkgnd->bkmd", d_logits, rows),
-    values=_product("bkgnm,bkgne->bkme", weights, d_out),
-  )
-  return d_rows.reshape(asking.rows.shape), gradients
-
-
-def _product(equation, x, y):
-  return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
 def _mask(queries, keys, start, triangle):

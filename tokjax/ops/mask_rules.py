@@ -1,0 +1,375 @@
+"""Who may read whom, as a rule about two tokens instead of an array.
+
+    query_tokens = tokens(100, kind=kinds, segment=segments)
+    may_read(every(causal, same_segment), query_tokens, query_tokens)
+    # bool[100, 100]
+
+A rule is a function of two `Tokens`, the one that reads and the one that is
+read, made of `<`, `<=`, `==`, `+`, `-`, `&`, `|` and `~`. It is asked about
+tokens, or about blocks of them of which only the range of each field is known
+(`Span`): then it says whether some pair and whether every pair of the two
+blocks may read, which is what attention needs to leave blocks out
+(`block_kinds`, `tokjax.sparse.rule_attention`). Blocks are judged with care: a
+block said to be empty is, one said to be full is.
+
+Masks as constants, for few tokens: `tokjax.ops.attention_masks`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tokjax import checks
+from tokjax.typing import Array, Bool, Int
+
+__all__ = [
+  "EMPTY",
+  "FULL",
+  "PARTIAL",
+  "TEXT",
+  "VISUAL",
+  "Known",
+  "Rule",
+  "Span",
+  "Tokens",
+  "apart",
+  "block_kinds",
+  "causal",
+  "every",
+  "level_causal",
+  "local",
+  "may_read",
+  "neighbours",
+  "no_visual_pairs",
+  "same_segment",
+  "tokens",
+]
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+TEXT, VISUAL = 0, 1
+
+
+class Tokens(NamedTuple):
+  """What a rule may ask of tokens; each field int32 [N] or [B, N].
+
+  Attributes:
+    position: place in the sequence.
+    segment: the packed sequence that a token belongs to.
+    kind: `TEXT`, `VISUAL`, or others of one's own.
+    level: scale, diagonal or cell, in the order of generation.
+    group: the set that a token is one of.
+    row: of the map that a visual token is from.
+    column: likewise.
+  """
+
+  position: Any
+  segment: Any
+  kind: Any
+  level: Any
+  group: Any
+  row: Any
+  column: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Span:
+  """Numbers of which only the least and the greatest are known.
+
+  Attributes:
+    low: the least.
+    high: the greatest.
+  """
+
+  low: Any
+  high: Any
+
+  def __add__(self, other):
+    other = _span(other)
+    return Span(self.low + other.low, self.high + other.high)
+
+  def __sub__(self, other):
+    other = _span(other)
+    return Span(self.low - other.high, self.high - other.low)
+
+  def __le__(self, other):
+    other = _span(other)
+    return Known(self.low <= other.high, self.high <= other.low)
+
+  def __lt__(self, other):
+    other = _span(other)
+    return Known(self.low < other.high, self.high < other.low)
+
+  def __ge__(self, other):
+    return _span(other) <= self
+
+  def __gt__(self, other):
+    return _span(other) < self
+
+  def __eq__(self, other):
+    other = _span(other)
+    same = (self.low == other.high) & (self.high == other.low)
+    return (self <= other) & (self >= other) & Known(True, same)
+
+  def __ne__(self, other):
+    return ~(self == other)
+
+  __hash__ = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+  """What is known of a statement about pairs of two blocks.
+
+  Attributes:
+    some: False: of no pair is it true.
+    all: True: it is true of every pair.
+  """
+
+  some: Any
+  all: Any
+
+  def __and__(self, other):
+    return Known(self.some & other.some, self.all & other.all)
+
+  def __or__(self, other):
+    return Known(self.some | other.some, self.all | other.all)
+
+  def __invert__(self):
+    return Known(jnp.logical_not(self.all), jnp.logical_not(self.some))
+
+
+Rule = Callable[[Tokens, Tokens], Any]
+
+
+def tokens(num_tokens: int, **fields: Int[Array, "*B N"]) -> Tokens:
+  """Tokens in a row.
+
+  Args:
+    num_tokens: N.
+    **fields: of `Tokens`, each [N] or [B, N]. Not given, a position is the
+      index and everything else 0.
+
+  Returns:
+    int32 fields.
+
+  Raises:
+    ValueError: for an unknown field or one of another length.
+
+  Example:
+    >>> tokens(3, kind=jnp.array([0, 1, 1])).position.tolist()
+    [0, 1, 2]
+  """
+  for name, field in fields.items():
+    checks.one_of(Tokens._fields, field=name)
+    checks.same_size(num_tokens=num_tokens, **{name: field.shape[-1]})
+  start = {name: jnp.zeros(num_tokens, jnp.int32) for name in Tokens._fields}
+  start["position"] = jnp.arange(num_tokens, dtype=jnp.int32)
+  given = {name: jnp.asarray(x, jnp.int32) for name, x in fields.items()}
+  return Tokens(**(start | given))
+
+
+def causal(reader: Tokens, read: Tokens):
+  """What came before, and oneself.
+
+  Example:
+    >>> may_read(causal, tokens(2), tokens(2)).tolist()
+    [[True, False], [True, True]]
+  """
+  return read.position <= reader.position
+
+
+def local(window: int) -> Rule:
+  """Fewer than `window` positions away, on both sides.
+
+  Example:
+    >>> rule = every(causal, local(2))
+    >>> may_read(rule, tokens(3), tokens(3)).astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+  """
+
+  def rule(reader, read):
+    away = reader.position - read.position
+    return (away < window) & (away > -window)
+
+  return rule
+
+
+def same_segment(reader: Tokens, read: Tokens):
+  """Of the same packed sequence.
+
+  Example:
+    >>> packed = tokens(3, segment=jnp.array([0, 0, 1]))
+    >>> may_read(same_segment, packed, packed).astype(int).tolist()
+    [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+  """
+  return reader.segment == read.segment
+
+
+def level_causal(reader: Tokens, read: Tokens):
+  """Of the same level or one before: next-scale, diagonal and cell orders.
+
+  Source: the scale-causal attention of HieraTok and VAR, the block-causal one
+  of NAR and xAR.
+
+  Example:
+    >>> scales = tokens(5, level=jnp.array([0, 1, 1, 1, 1]))
+    >>> may_read(level_causal, scales, scales).sum(axis=1).tolist()
+    [1, 5, 5, 5, 5]
+  """
+  return read.level <= reader.level
+
+
+def apart(reader: Tokens, read: Tokens):
+  """Nobody else of the own group: items that are sets do not read themselves.
+
+  Tokens that are in no set need a group each.
+
+  Source: the sparse mask of SETRec, together with `causal`.
+
+  Example:
+    >>> sets = tokens(3, group=jnp.array([0, 0, 1]))
+    >>> may_read(apart, sets, sets).astype(int).tolist()
+    [[1, 0, 1], [0, 1, 1], [1, 1, 1]]
+  """
+  other = reader.group != read.group
+  return other | (reader.position == read.position)
+
+
+def no_visual_pairs(reader: Tokens, read: Tokens):
+  """Causal, but a visual token reads no other visual token.
+
+  Source: NAAViT of SAISA; that it reads itself and the text before it is ours.
+
+  Example:
+    >>> mixed = tokens(3, kind=jnp.array([VISUAL, VISUAL, TEXT]))
+    >>> may_read(no_visual_pairs, mixed, mixed).astype(int).tolist()
+    [[1, 0, 0], [0, 1, 0], [1, 1, 1]]
+  """
+  itself = reader.position == read.position
+  pair = (reader.kind == VISUAL) & (read.kind == VISUAL)
+  return causal(reader, read) & (~pair | itself)
+
+
+def neighbours(window: int) -> Rule:
+  """Causal, but visual tokens read those of a square window, all around them.
+
+  Args:
+    window: side of the square, odd.
+
+  Raises:
+    ValueError: if the side is even.
+
+  Source: neighbour-aware attention of "YOPO" pruning of LLaVA.
+
+  Example:
+    >>> places = jnp.arange(9)
+    >>> picture = tokens(9, kind=0 * places + VISUAL, row=places // 3,
+    ...                  column=places % 3)
+    >>> may_read(neighbours(3), picture, picture).sum(axis=1).tolist()
+    [4, 6, 4, 6, 9, 6, 4, 6, 4]
+  """
+  checks.divisible(2, window_minus_1=window - 1)
+  reach = window // 2
+
+  def rule(reader, read):
+    down, right = reader.row - read.row, reader.column - read.column
+    near = (down <= reach) & (down >= -reach)
+    near = near & (right <= reach) & (right >= -reach)
+    pair = (reader.kind == VISUAL) & (read.kind == VISUAL)
+    return (pair & near) | (~pair & causal(reader, read))
+
+  return rule
+
+
+def every(*rules: Rule) -> Rule:
+  """What all of some rules allow.
+
+  Example:
+    >>> may_read(every(causal), tokens(1), tokens(1)).item()
+    True
+  """
+
+  def rule(reader, read):
+    found = [one(reader, read) for one in rules]
+    allowed = found[0]
+    for more in found[1:]:
+      allowed = allowed & more
+    return allowed
+
+  return rule
+
+
+def may_read(
+  rule: Rule, readers: Tokens, read: Tokens
+) -> Bool[Array, "N M"] | Bool[Array, "B N M"]:
+  """The rule for all pairs, as attention takes it; for tiles and tests.
+
+  Args:
+    rule: of this module, or one's own.
+    readers: N tokens.
+    read: M tokens.
+
+  Returns:
+    True where a reader may read.
+
+  Example:
+    >>> may_read(local(1), tokens(2), tokens(2)).tolist()
+    [[True, False], [False, True]]
+  """
+  readers = jax.tree.map(lambda x: x[..., :, None], readers)
+  read = jax.tree.map(lambda x: x[..., None, :], read)
+  return rule(_same_rank(readers, read), _same_rank(read, readers))
+
+
+def block_kinds(
+  rule: Rule, readers: Tokens, read: Tokens, *, block_size: int
+) -> Int[Array, "n m"]:
+  """What of each pair of blocks may be read: nothing, some or everything.
+
+  Args:
+    rule: as of `may_read`.
+    readers: N tokens.
+    read: M tokens.
+    block_size: tokens of a block.
+
+  Returns:
+    int8: `EMPTY`, `PARTIAL` or `FULL`; PARTIAL also where the ranges do not
+    tell.
+
+  Example:
+    >>> block_kinds(causal, tokens(4), tokens(4), block_size=2).tolist()
+    [[1, 0], [2, 1]]
+  """
+  ours, theirs = (_span_of_blocks(x, block_size) for x in (readers, read))
+  shape = ours.position.low.shape + theirs.position.low.shape
+  ours = Tokens(*(Span(x.low[:, None], x.high[:, None]) for x in ours))
+  theirs = Tokens(*(Span(x.low[None], x.high[None]) for x in theirs))
+  known = rule(ours, theirs)
+  kinds = jnp.where(known.all, FULL, jnp.where(known.some, PARTIAL, EMPTY))
+  return jnp.broadcast_to(kinds, shape).astype(jnp.int8)
+
+
+def _span_of_blocks(given, block_size):
+  """The range of each field over the tokens of a block, and over examples."""
+
+  def one(x):
+    missing = -x.shape[-1] % block_size
+    x = x.reshape(-1, x.shape[-1])
+    x = jnp.pad(x, ((0, 0), (0, missing)), mode="edge")
+    x = x.reshape(x.shape[0], -1, block_size)
+    return Span(jnp.min(x, axis=(0, 2)), jnp.max(x, axis=(0, 2)))
+
+  return Tokens(*(one(x) for x in given))
+
+
+def _span(x):
+  return x if isinstance(x, Span) else Span(x, x)
+
+
+def _same_rank(given, other):
+  """Fields with a batch axis where any has one."""
+  most = max(x.ndim for x in (*given, *other))
+  return jax.tree.map(lambda x: x[None] if x.ndim < most else x, given)
