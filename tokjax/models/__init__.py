@@ -4,7 +4,8 @@ Texts: `Bert`, read with its tokenizer and head by `load`. Images:
 `tokjax.models.vit`, shapes in `vit_shapes`, weights by `vit_weights`, pixels by
 `images`; `reducing` says what a host shows of its layers and where reductions
 work. `tokjax.models.biformer`, shapes in `biformer_shapes`, weights by
-`biformer_weights`: a pyramid with bi-level routing attention.
+`biformer_weights`: a pyramid with bi-level routing attention. Language:
+`tokjax.models.moe_transformer`, experts on one device or folded over many.
 """
 
 from tokjax.models.bert import Bert, BertConfig

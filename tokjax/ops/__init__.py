@@ -3,8 +3,9 @@
 - `additive_codes`, `additive_encoding`, `additive_training`: sums of codes,
   choosing and learning them (AQ, LSQ, CQ); `product_codes`: rotated product
   codes (OPQ) and distances.
-- `attention`: under a mask; `attention_masks`: who may read whom;
-  `policy_attention`: keys that count by a learned choice.
+- `attention`: under a mask; `attention_masks`: who may read whom, as arrays;
+  `mask_rules`: as rules about tokens and blocks of them; `policy_attention`:
+  keys that count by a learned choice.
 - `attention_scores`: rows of an attention map, outliers among scores.
 - `binary_codes`: signs as codes (LFQ, BSQ); `bit_indices`: bits as numbers,
   words and sub-tokens.
@@ -19,6 +20,9 @@
 - `fourier`: coordinates as waves; `rope`: rotated positions.
 - `item_sets`: masks, positions and scores of items that are sets.
 - `merging`: which tokens go together; `plans`: what became of each.
+- `moe_routing`: which experts a token goes to; `moe_losses` keep that even;
+  `moe_dispatch`: tokens to rows of experts and back; `moe_experts`: their MLPs,
+  and the mixture.
 - `packing`: kept positions in a fixed number of rows; `ranking`: who comes
   first.
 - `patches`: images cut into squares, and back; `resample`: maps on other
@@ -54,8 +58,13 @@ __all__ = [
   "estimators",
   "fourier",
   "item_sets",
+  "mask_rules",
   "medoids",
   "merging",
+  "moe_dispatch",
+  "moe_experts",
+  "moe_losses",
+  "moe_routing",
   "packing",
   "patches",
   "plans",

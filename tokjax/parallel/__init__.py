@@ -12,6 +12,13 @@ Exact attention over a sequence that is cut among devices:
 - `tokjax.parallel.ring_costs`: what each sends, and how long it takes.
 - `tokjax.parallel.attention_meetings`, `attention_blocks`: what both are made
   of.
+
+Mixtures of experts, laid out in another way than the attention around them:
+
+- `tokjax.parallel.moe_mesh`: one mesh for both layouts.
+- `tokjax.parallel.moe_folding`: the layer; `moe_weights`: its settings and
+  weights; `moe_exchange`: how rows travel.
+- `tokjax.parallel.moe_costs`: what that sends, and how long it takes.
 """
 
 from tokjax.parallel.topologies import (
