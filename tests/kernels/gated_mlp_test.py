@@ -188,6 +188,8 @@ def test_few_tokens_take_the_rows_many_the_dense_product():
 
   assert "while" in program(8) and "while" not in program(9)
   assert "while" not in program(8, "cuda")
+  assert "gated_rows" in program(8, "tpu")
+  assert "tpu_custom_call" not in program(9, "tpu")
 
 
 def test_no_copy_of_a_weight_is_held():
@@ -215,7 +217,7 @@ def test_no_copy_of_a_weight_is_held():
     (dict(w_up=(6, 4, 1)), "w_up must have 2 axes"),
     (dict(capacity=0), "capacity must lie in 1..6, got 0"),
     (dict(capacity=7), "capacity must lie in 1..6, got 7"),
-    (dict(implementation="pallas_tpu"), "implementation must be one of None"),
+    (dict(implementation="rows"), "implementation must be one of None"),
   ],
 )
 def test_errors_name_the_argument(change, message):

@@ -154,7 +154,7 @@ def gated_mlp(
   mask: Bool[Array, "*batch"] | None = None,
   *,
   capacity: int | None = None,
-  implementation: Literal["reference", "xla"] | None = None,
+  implementation: Literal["reference", "xla", "pallas_tpu"] | None = None,
 ) -> SparseMlp:
   """(sparse_gate(silu(x w_gate)) * (x w_up^T)) w_down, rows skipped if few.
 

@@ -1,6 +1,7 @@
 """Public gated MLP over active rows: checks, choice of implementation."""
 
 import functools
+import importlib
 import math
 from typing import Literal, NamedTuple
 
@@ -39,7 +40,7 @@ def gated_rows(
   w_down: Float[Array, "F D"],
   *,
   capacity: int | None = None,
-  implementation: Literal["reference", "xla"] | None = None,
+  implementation: Literal["reference", "xla", "pallas_tpu"] | None = None,
 ) -> GatedRows:
   """sum_f gate[f] <x, w_up[f]> w_down[f] over the units whose gate is not zero.
 
@@ -64,8 +65,10 @@ def gated_rows(
       more active units those of the highest |gate| of any token stay, of equal
       ones the first. It bounds the rows read, and its sort of F values.
     implementation: "reference" multiplies with all rows, "xla" reads active
-      ones alone. None chooses when the program is lowered: "xla" for up to 8
-      tokens on CPU, where it was measured, "reference" otherwise.
+      ones alone, "pallas_tpu" in bfloat16 aligned pairs of which one is active.
+      A named one runs or raises. None chooses when the program is lowered: for
+      up to 8 tokens "xla" on CPU, where it was measured, and the kernel on TPU
+      where it takes the arguments; "reference" otherwise.
 
   Returns:
     The output and two counts over all tokens of the call. Sums are float32.
@@ -73,6 +76,7 @@ def gated_rows(
   Raises:
     ValueError: if sizes disagree, dtypes differ, `capacity` is not in 1..F, or
       on an Explicit mesh anything but tokens is sharded.
+    NotImplementedError: if the named implementation cannot take the arguments.
 
   Example:
     >>> gate = jnp.array([[1.0, 0.0, 2.0]])
@@ -81,7 +85,8 @@ def gated_rows(
     >>> found.output.tolist(), int(found.active)
     ([[3.0, 8.0]], 2)
 
-  Cost: 4 A D FLOPs a token and 2 A D weights read for A active units, of 2 F D.
+  Cost: 4 A D FLOPs a token and 2 A D weights read for A active units, of 2 F D
+  (on TPU in bfloat16 for the units of active pairs, at most twice as many).
   Times are given at `tokjax.sparse.cats.gated_mlp`.
 
   Source: Lee, Lee, Zhang, Tiwari and Mirhoseini (2024), "CATS", whose kernels
@@ -116,19 +121,8 @@ def _gated_rows(x, gate, w_up, w_down, *, capacity, implementation):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _output(x, gate, w_up, w_down, index, count, implementation):
-  def dense(x, gate, w_up, w_down, index, count):
-    del index, count  # other gates are zero
-    return reference.gated_rows_forward(x, gate, w_up, w_down)
-
-  def rows(x, gate, *rest):
-    tokens, gates = (y.reshape(-1, y.shape[-1]) for y in (x, gate))
-    return xla.gated_rows_forward(tokens, gates, *rest).reshape(x.shape)
-
   def local(*arrays):
-    arrays = compat.varying_together(*arrays)
-    if implementation is not None:
-      return {"reference": dense, "xla": rows}[implementation](*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=rows, default=dense)
+    return _dispatch(compat.varying_together(*arrays), implementation)
 
   return sharding.over_shards(local, x, gate, w_up, w_down, index, count)
 
@@ -147,8 +141,48 @@ def _backward(implementation, saved, g):
 _output.defvjp(_forward, _backward)
 
 
+def _dispatch(arrays, implementation):
+  """Runs the implementation named, or that of the platform."""
+  x, _, w_up = arrays[:3]
+  if implementation is not None:
+    if implementation == "pallas_tpu":
+      reason = _kernel_module().unsupported(x, w_up)
+      if reason is not None:
+        raise NotImplementedError(f"{implementation}: {reason}")
+    return _BRANCHES[implementation](*arrays)
+  branches = {"cpu": _rows, "default": _dense}
+  if _kernel_module().unsupported(x, w_up) is None:
+    branches["tpu"] = _kernel
+  return jax.lax.platform_dependent(*arrays, **branches)
+
+
+def _dense(x, gate, w_up, w_down, index, count):
+  del index, count  # other gates are zero
+  return reference.gated_rows_forward(x, gate, w_up, w_down)
+
+
+def _rows(x, gate, *rest):
+  tokens, gates = (y.reshape(-1, y.shape[-1]) for y in (x, gate))
+  return xla.gated_rows_forward(tokens, gates, *rest).reshape(x.shape)
+
+
+def _kernel(x, gate, w_up, w_down, index, count):
+  del index, count  # it counts in groups of units, which the gates name
+  tokens, gates = (y.reshape(-1, y.shape[-1]) for y in (x, gate))
+  found = _kernel_module().gated_rows_forward(tokens, gates, w_up, w_down)
+  return found.reshape(x.shape)
+
+
+_BRANCHES = {"reference": _dense, "xla": _rows, "pallas_tpu": _kernel}
+
+
+def _kernel_module():
+  """Imported here: only its users import Pallas."""
+  return importlib.import_module("tokjax.kernels.gated_mlp.pallas_tpu")
+
+
 def _check(x, gate, w_up, w_down, capacity, implementation):
-  checks.one_of((None, "reference", "xla"), implementation=implementation)
+  checks.one_of((None, *_BRANCHES), implementation=implementation)
   checks.has_rank(2, w_up=w_up, w_down=w_down)
   checks.has_rank(x.ndim, gate=gate)
   checks.same_size(
