@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokjax.ops import attention
-from tokjax.parallel import zigzag
+from tokjax.parallel import processes, zigzag
 
 __all__ = [
   "Inputs",
@@ -173,7 +173,7 @@ def on_devices(ring, inputs: Inputs, mesh, *, in_zigzag=True, **settings):
   with_ids = inputs.segment_ids is not None
   run = program(ring, mesh, with_ids=with_ids, **settings)
   inputs = [reorder(x, zigzag.to_zigzag) for x in inputs]
-  found = jax.device_get(run.both(*run.shard(inputs)))
+  found = jax.device_get(processes.whole(run.both(*run.shard(inputs))))
   return [reorder(x, zigzag.from_zigzag) for x in found]
 
 

@@ -1,16 +1,12 @@
 """Processes find each other, see whole arrays, and end together."""
 
-import os
-import pathlib
 import re
-import socket
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import launch
 from tokjax.parallel import meshes, processes, rules
 
 PROGRAM = """
@@ -39,33 +35,17 @@ with processes.ending_together():
 """
 
 
-def test_one_fails_and_both_end(tmp_path):
+def test_one_fails_and_both_end():
   """Both see all arrays first; then one waits for the other, in vain."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  started = [
-    subprocess.Popen(
-      [sys.executable, "-c", PROGRAM, str(port), str(i)],
-      cwd=pathlib.Path(__file__).parents[2],
-      env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    ended = [process.communicate(timeout=120) for process in started]
-  finally:
-    for process in started:
-      process.kill()
+  first, second = started = launch.start(
+    2, lambda port, i: ("-c", PROGRAM, port, i)
+  )
+  ended = launch.outputs(started, timeout=120)
   for output, errors in ended:
     assert "coordinator, num_processes, process_id are not all in" in output
     for name in ("cut", "half", "copied"):
       assert f"{name} [0 1 2 3 4 5 6 7] True" in output, errors
     assert "own [1] True" in output and "total" not in output
-  first, second = started
   assert first.returncode == 1 and second.returncode not in (0, None)
   lines = ended[0][1].splitlines()
   assert lines[-2] == "OSError: the disk is full"

@@ -2,28 +2,23 @@
 
 import functools
 import json
-import os
 import pathlib
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 
+from tests import launch
 from tests.cli.conftest import write_beir, write_model
 from tests.train import tiny_retrieval
 from tokjax.cli import main
 from tokjax.models import checkpoints
 from tokjax.parallel import meshes
 
-ROOT = pathlib.Path(__file__).parents[2]
-NUM_DEVICES = 4  # of all processes together, and of one alone
 NUM_STEPS = 6
 
 
@@ -49,7 +44,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
   """Folder of the same run in this process, on as many devices."""
-  devices = jax.devices()[:NUM_DEVICES]
+  devices = jax.devices()[: launch.NUM_DEVICES]
   mesh = functools.partial(meshes.make_mesh, devices=devices)
   folder = tmp_path_factory.mktemp("alone")
   with pytest.MonkeyPatch.context() as patch:
@@ -58,54 +53,23 @@ def alone(config, tmp_path_factory):
   return folder
 
 
-def start(num_processes, command):
-  """Starts the modules `command(port, i)` as processes."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  environment = {
-    **os.environ,
-    "JAX_NUM_CPU_DEVICES": str(NUM_DEVICES // num_processes),
-    "XLA_FLAGS": os.environ.get(
-      "XLA_FLAGS", "--xla_backend_optimization_level=0"
-    ),  # compiles faster
-  }
-  return [
-    subprocess.Popen(
-      [sys.executable, "-m", *map(str, command(port, i))],
-      cwd=ROOT,
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(num_processes)
-  ]
-
-
-def outputs(started, timeout):
-  """What each printed to its two streams, once all have ended."""
-  try:
-    return [process.communicate(timeout=timeout) for process in started]
-  finally:
-    for process in started:
-      process.kill()
-
-
 def tiny(config, folder, *options):
   """Starts `tiny_retrieval` as two processes."""
   name = "tests.train.tiny_retrieval"
-  return start(2, lambda port, i: (name, config, folder, port, 2, i, *options))
+  return launch.start(
+    2,
+    lambda port, i: ("-m", name, config, folder, port, 2, i, *options),
+  )
 
 
 def tokjax_train(config, folder, num_processes, *overrides):
   """Starts `tokjax train`."""
-  return start(
+  return launch.start(
     num_processes,
     lambda port, i: (
-      "tokjax.cli.main", "train", config, "--out", folder, "--coordinator",
-      f"localhost:{port}", "--num-processes", num_processes, "--process-id", i,
-      *overrides,
+      "-m", "tokjax.cli.main", "train", config, "--out", folder,
+      "--coordinator", f"localhost:{port}", "--num-processes", num_processes,
+      "--process-id", i, *overrides,
     ),
   )  # fmt: skip
 
@@ -137,7 +101,7 @@ def test_two_processes_equal_one(config, alone, tmp_path):
   """Parameters are cut over devices of both."""
   out = tmp_path / "two"
   started = tiny(config, out, "--config.mesh.fsdp=4")
-  ended = outputs(started, timeout=200)
+  ended = launch.outputs(started, timeout=200)
   assert [process.returncode for process in started] == [0, 0], ended
   assert_same_run(out, alone)
   (first, _), (second, _) = ended
@@ -150,10 +114,11 @@ def test_two_processes_equal_one(config, alone, tmp_path):
 def test_four_processes_equal_one(config, alone, tmp_path):
   out = tmp_path / "four"
   started = tokjax_train(config, out, 4, "--config.mesh.fsdp=2")
-  ended = outputs(started, timeout=200)
+  ended = launch.outputs(started, timeout=200)
   assert [process.returncode for process in started] == [0] * 4, ended
   assert_same_run(out, alone)
-  assert json.loads((out / "run.json").read_text())["devices"][1] == NUM_DEVICES
+  record = json.loads((out / "run.json").read_text())
+  assert record["devices"][1] == launch.NUM_DEVICES
   said = [text.count(str(out / "model")) for text, _ in ended]
   assert said == [1, 0, 0, 0]  # the first speaks for all
 
@@ -165,14 +130,14 @@ def test_one_is_killed_the_other_ends_and_both_resume(config, alone, tmp_path):
     assert second.wait(timeout=200) == -signal.SIGKILL
     killed = time.monotonic()
   finally:
-    (output, errors), _ = outputs(started, timeout=60)
+    (output, errors), _ = launch.outputs(started, timeout=60)
   assert time.monotonic() - killed < 30  # heartbeats stay away for 10 s
   assert first.returncode != 0
   # jax stops it, unless the closed connection is an error in Python before.
   assert re.search("another (task|one) died", errors)
   assert "step 5/6" in output and "step 6/6" not in output
   started = tokjax_train(config, out, 2)
-  ended = outputs(started, timeout=200)
+  ended = launch.outputs(started, timeout=200)
   assert [process.returncode for process in started] == [0, 0], ended
   output = ended[0][0]
   assert "step 6/6" in output and "step 2/6" not in output

@@ -12,53 +12,25 @@ import pytest
 from flax import nnx
 
 from tests.tokenizers import two_stage_test
-from tests.tokenizers.tiny_tokenizer import TRUNK, built
+from tests.tokenizers.tiny_tokenizer import built
+from tests.train.tiny_tokenizer_run import CONFIG, flat_colours, with_trainer
 from tokjax.data.image_crops import RandomResizedCrop
 from tokjax.models import vit, vit_weights
 from tokjax.models.weights import write_tensors
 from tokjax.parallel.meshes import MeshConfig
 from tokjax.tokenizers import two_stage
 from tokjax.tokenizers.adversarial import AdversarialConfig
-from tokjax.tokenizers.codebook import CodebookConfig
 from tokjax.tokenizers.discriminator import DiscriminatorConfig
-from tokjax.tokenizers.one_d_piece import OneDPieceConfig
 from tokjax.tokenizers.types import Reconstructed
-from tokjax.tokenizers.vector_quantizer import VQConfig
 from tokjax.train import tokenizer_run
-from tokjax.train.loop import TrainConfig
 from tokjax.train.optimizer import OptimizerConfig
-from tokjax.train.tokenizer_run import TokenizerRun
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-# Without a reset and with a commitment these few images collapse to one code.
-BOOK = CodebookConfig(
-  16, 4, metric="cosine", learning="ema", reset="batch", reset_threshold=0.5
-)
-CONFIG = OneDPieceConfig(
-  32, 16, 4, TRUNK, TRUNK, VQConfig(BOOK, commitment_weight=0.0)
-)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """Flat colours: one token says all."""
-  folder = tmp_path_factory.mktemp("data")
-  rng = np.random.default_rng(0)
-  arrays = {}
-  for name, count in (("train", 64), ("test", 20)):
-    colours = rng.choice([20, 128, 235], (count, 1, 1, 3))
-    x = np.broadcast_to(colours, (count, 32, 32, 3)).astype(np.uint8)
-    labels = np.arange(count) % 10
-    arrays |= {f"{name}_x": x, f"{name}_y": labels}
-  np.savez(folder / "cifar10.npz", **arrays)
-  adam = OptimizerConfig(learning_rate=1e-2, schedule="constant")
-  trainer = TrainConfig(num_steps=100, optimizer=adam, log_every=0)
-  return TokenizerRun(CONFIG, str(folder), batch_size=16, trainer=trainer)
-
-
-def with_trainer(run, **changes):
-  trainer = dataclasses.replace(run.trainer, **changes)
-  return dataclasses.replace(run, trainer=trainer)
+  return flat_colours(tmp_path_factory.mktemp("data"))
 
 
 def same(got, want):

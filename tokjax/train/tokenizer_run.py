@@ -26,7 +26,7 @@ from tokjax.data.image_batches import ImageSet
 from tokjax.data.image_crops import RandomResizedCrop
 from tokjax.eval import image_quality, lpips
 from tokjax.models import arrays, vit, vit_weights
-from tokjax.parallel import meshes
+from tokjax.parallel import meshes, processes
 from tokjax.tokenizers import adversarial, two_stage
 from tokjax.tokenizers.adversarial import AdversarialConfig
 from tokjax.tokenizers.discriminator import Discriminator, DiscriminatorConfig
@@ -116,6 +116,9 @@ def train(
 ) -> Trained:
   """Runs a config: reads the data, trains, measures on test images.
 
+  With several processes each calls it, reads its rows of every batch and gets
+  the whole tokenizer on its own devices.
+
   Args:
     run: the settings; with a folder of the trainer it can be resumed.
     devices: what the mesh is made of; None for all.
@@ -171,7 +174,8 @@ def train(
   if not trained.metrics and not trained.preempted:  # nothing was left to do
     found = evaluate(model.tokenizer, held.state, test, teacher=held.teacher)
     trained = trained._replace(metrics=found)
-  return Trained(model.tokenizer, held.state, trained)
+  tokenizer, state = processes.whole((model.tokenizer, held.state))
+  return Trained(tokenizer, state, trained)
 
 
 def _images(run):
