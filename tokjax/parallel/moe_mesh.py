@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from tokjax import checks
@@ -188,12 +189,12 @@ def make_folded_mesh(
     checks.divisible(named, **{f"devices_of_{_text(one)}": wanted})
     two["edp"] = wanted // named
   refined = refine_axes(one, two)
-  mesh = jax.make_mesh(
-    tuple(refined.sizes.values()),
-    tuple(refined.sizes),
-    (axis_types,) * len(refined.sizes),
-    devices=devices,
+  # An axis may be part of a side of a pod, which `jax.make_mesh` refuses.
+  grid = mesh_utils.create_device_mesh(
+    tuple(refined.sizes.values()), devices, allow_split_physical_axes=True
   )
+  names = tuple(refined.sizes)
+  mesh = Mesh(grid, names, axis_types=(axis_types,) * len(names))
   parts = {name: refined.two[name] for name in _EXPERTS if name != "pp"}
   return FoldedMesh(mesh, **refined.one, **parts)
 
