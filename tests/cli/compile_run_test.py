@@ -296,7 +296,7 @@ def test_what_is_too_large_does_not_fit():
 
 @pytest.mark.parametrize("words, message", [
   (["configs/x.py"], "--topology must be given"),
-  (["configs/x.py", "--search", "9"], "not both"),
+  (["configs/x.py", "--search", "9"], "give one of"),
   (["--search", "9", "--topology", "v5e:2x2", "--dim", "8"], "--dim is for"),
   (["--batch-size", "9"], "--batch-size is for"),
   (["--nonsense"], "unknown words: --nonsense"),

@@ -1,7 +1,8 @@
 """`tokjax compile`: builds programs for TPU and H100 without owning one.
 
-Three kinds: the kernels; the training step of a config (`compile_run`); the
-search of a corpus that is spread over devices (`compile_search`).
+Four kinds: the kernels; the training step of a config (`compile_run`); the
+search of a corpus that is spread over devices (`compile_search`); a layer of
+experts in two layouts (`compile_moe`).
 
 The compilers read their settings from the environment before jax starts, and
 `import tokjax` starts jax. So each topology is compiled in a process of its
@@ -51,6 +52,7 @@ _OPTIONS = {
   "kernels": ("kernels", "program", "shape", "dim", "dtype", "all"),
   "config": ("batch_size", "encoder"),
   "search": ("codec",),
+  "moe": (),
 }
 
 
@@ -131,7 +133,8 @@ def _parser():
   parser = argparse.ArgumentParser(
     prog="tokjax compile",
     description="Compiles programs for TPU and H100 on this machine: the"
-    " kernels, the training step of a config, or the search of a corpus.",
+    " kernels, the training step of a config, the search of a corpus, or a"
+    " layer of experts.",
     epilog='The compilers come with: pip install -e ".[aot]"',
   )
   parser.add_argument(
@@ -181,15 +184,18 @@ def _parser():
   search.add_argument(
     "--codec", action="append", help="default: int8 and residual2"
   )
+  parser.add_argument_group("mixture of experts").add_argument(
+    "--moe", metavar="NAME", help="mixtral-8x22b, qwen2-57b-a14b, ..."
+  )
   return parser
 
 
 def _kind(parser, options, overrides):
   """Which programs are asked for; options must belong to them."""
-  if options.config and options.search:
-    parser.error("give a config or --search, not both")
-  kind = "config" if options.config else "kernels"
-  kind = "search" if options.search else kind
+  asked = [k for k in ("config", "search", "moe") if getattr(options, k)]
+  if len(asked) > 1:
+    parser.error("give one of a config, --search and --moe")
+  kind = asked[0] if asked else "kernels"
   for other, names in _OPTIONS.items():
     given = [name for name in names if getattr(options, name)]
     if given and other != kind:
@@ -279,6 +285,10 @@ def _rows(kind, options, overrides, topology, devices):
     return compile_search.rows(
       options.search, codecs=options.codec or compile_search.CODECS, **where
     )
+  if kind == "moe":
+    from tokjax.cli import compile_moe
+
+    return compile_moe.rows(options.moe, **where)
   dtypes = options.dtype or (["bf16", "f32"] if options.all else ["bf16"])
   chosen = programs(
     options.program or list(PROGRAMS),

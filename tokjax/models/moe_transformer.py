@@ -31,6 +31,7 @@ from tokjax.parallel.rules import Rules
 from tokjax.typing import Array, Bool, Float, Int, Int32
 
 __all__ = [
+  "CONFIGS",
   "MoeBlock",
   "MoeTransformer",
   "MoeTransformerConfig",
@@ -59,6 +60,30 @@ class MoeTransformerConfig:
   balance_scale: float = 1e-2  # of that loss; published 1e-4 to 1e-2
   z_scale: float = 1e-3  # of the z loss
   moe: MoeConfig = dataclasses.field(default_factory=lambda: MoeConfig(8, 2))
+
+
+# Published shapes by name. Qwen2 also has a shared expert, which is left out.
+CONFIGS: dict[str, MoeTransformerConfig] = {
+  "mixtral-8x7b": MoeTransformerConfig(),
+  "mixtral-8x22b": MoeTransformerConfig(
+    vocab_size=32768,
+    width=6144,
+    num_layers=56,
+    num_heads=48,
+    hidden=16384,
+    moe=MoeConfig(8, 2, capacity_factor=1.0),
+  ),
+  "qwen2-57b-a14b": MoeTransformerConfig(
+    vocab_size=151936,
+    width=3584,
+    num_layers=28,
+    num_heads=28,
+    num_key_heads=4,
+    hidden=2560,
+    norm_epsilon=1e-6,
+    moe=MoeConfig(64, 8, score="pre_softmax", capacity_factor=1.0),
+  ),
+}
 
 
 class Predicted(NamedTuple):
