@@ -36,6 +36,8 @@ __all__ = [
 
 # From the number of a block of rows, which of its pairs are read: bool[b, N].
 Choice = Callable[[Int[Array, ""]], Bool[Array, "b N"]]
+# Of the pairs of causal attention, about; may be traced.
+Share = float | Float[Array, ""]
 
 
 def made_heads(
@@ -85,9 +87,10 @@ def dense_attention(
   return jnp.moveaxis(out, 0, 2).reshape(v.shape)
 
 
-def streaming(kept: float, num_tokens: int, block: int) -> Choice:
+def streaming(kept: Share, num_tokens: int, block: int) -> Choice:
   """The first block and the last keys (StreamingLLM)."""
-  width = max(1, round(num_tokens * (1 - (1 - kept) ** 0.5)) - block)
+  width = jnp.round(num_tokens * (1 - (1 - kept) ** 0.5)) - block
+  width = jnp.maximum(width, 1)
 
   def choose(i):
     row = (i * block + jnp.arange(block))[:, None]
@@ -98,7 +101,7 @@ def streaming(kept: float, num_tokens: int, block: int) -> Choice:
 
 
 def block_top_k(
-  q: Float[Array, "N d"], k: Float[Array, "N d"], kept: float, block: int
+  q: Float[Array, "N d"], k: Float[Array, "N d"], kept: Share, block: int
 ) -> Choice:
   """Blocks of keys whose mean is nearest to that of the rows."""
   q, k = (jnp.mean(x.reshape(-1, block, x.shape[1]), axis=1) for x in (q, k))
@@ -116,7 +119,7 @@ def block_top_k(
 
 
 def vertical_slash(
-  q: Float[Array, "N d"], k: Float[Array, "N d"], kept: float, block: int
+  q: Float[Array, "N d"], k: Float[Array, "N d"], kept: Share, block: int
 ) -> Choice:
   """Columns and diagonals that the last 64 rows look at (MInference)."""
   num_tokens, width = q.shape
@@ -127,10 +130,9 @@ def vertical_slash(
   columns = jnp.sum(weights, axis=0)
   slashes = jnp.zeros_like(columns).at[back].add(weights, mode="drop")
   slashes = slashes.at[0].set(jnp.inf)  # every row reads itself
-  number = max(1, round(kept / 2 * num_tokens))
+  number = jnp.maximum(jnp.round(kept / 2 * num_tokens), 1)
   columns, slashes = (
-    jnp.zeros_like(x, dtype=bool).at[jax.lax.top_k(x, number)[1]].set(True)
-    for x in (columns, slashes)
+    jnp.argsort(jnp.argsort(-x)) < number for x in (columns, slashes)
   )
 
   def choose(i):
