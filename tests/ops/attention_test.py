@@ -149,3 +149,34 @@ def test_a_bias_joins_the_logits():
   np.testing.assert_allclose(got, want, atol=1e-5)
   with pytest.raises(ValueError, match="bias must be"):
     attention.attend(q, k, v, bias=bias[:, :2])
+
+
+def test_cotangents_of_parts_add_up_to_the_gradient():
+  keys = jax.random.split(jax.random.key(5), 4)
+  shapes = (2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 2), (2, 4, 5, 2)
+  q, k, v, d_out = (
+    jax.random.normal(key, shape)
+    for key, shape in zip(keys, shapes, strict=True)
+  )
+  mask = jnp.arange(5)[:, None] + 2 >= jnp.arange(6)[None]
+  d_lse = d_out[..., 0]
+
+  @jax.jit
+  def both(q, k, v):
+    found, pull = jax.vjp(
+      lambda *x: attention.attend_with_lse(*x, mask), q, k, v
+    )
+    delta = jnp.sum(d_out * found.out, axis=-1) - d_lse
+    parts = [
+      attention.attend_cotangents(
+        q, k[:, :, cut], v[:, :, cut], mask[:, cut],
+        lse=found.lse, delta=delta, d_out=d_out,
+      )
+      for cut in (slice(2), slice(2, 6))
+    ]  # fmt: skip
+    d_q, d_k, d_v = zip(*parts, strict=True)
+    ours = sum(d_q), jnp.concatenate(d_k, 2), jnp.concatenate(d_v, 2)
+    return ours, pull(attention.AttentionState(d_out, d_lse))
+
+  for ours, want in zip(*both(q, k, v), strict=True):
+    np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-5)
