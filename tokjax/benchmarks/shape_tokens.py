@@ -60,8 +60,8 @@ class ShapeRun:
 
   dataset: str
   seed: int = 0
-  first_steps: int = 1500
-  num_steps: int = 1500
+  first_steps: int = 1000
+  num_steps: int = 1000
   width: int = 64
   learning_rate: float = 1e-3
   learning: str = "ema"
@@ -196,11 +196,11 @@ def _config(run):
     quantizer=MultiScaleConfig(
       CodebookConfig(
         256,
-        16,
+        4,
         learning=run.learning,
         decay=0.95,
         reset="batch" if run.learning == "ema" else "none",
-        reset_threshold=0.1,
+        reset_threshold=0.25,
       ),
       (1, 1, 2, 4, 8, 16, 32),
       layout="row",
