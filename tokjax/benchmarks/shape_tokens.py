@@ -60,8 +60,8 @@ class ShapeRun:
 
   dataset: str
   seed: int = 0
-  first_steps: int = 1000
-  num_steps: int = 1000
+  first_steps: int = 1500
+  num_steps: int = 1500
   width: int = 64
   learning_rate: float = 1e-3
   learning: str = "ema"
@@ -196,7 +196,7 @@ def _config(run):
     quantizer=MultiScaleConfig(
       CodebookConfig(
         256,
-        4,
+        16,
         learning=run.learning,
         decay=0.95,
         reset="batch" if run.learning == "ema" else "none",
