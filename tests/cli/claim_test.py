@@ -37,7 +37,7 @@ def test_our_claims_can_be_read(name):
 
 def test_unknown_claim_lists_those_there_are():
   with pytest.raises(
-    ValueError, match="no claim 'colbart'.*colbert, .*mmtok, muvera"
+    ValueError, match="no claim 'colbart'.*colbert, .*mmtok, .*muvera"
   ):
     claim.load("colbart", "data")
 
