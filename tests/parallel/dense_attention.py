@@ -4,7 +4,6 @@ want = dense(inputs, causal=True)
 got = on_devices(token_ring, inputs, mesh, causal=True)
 """
 
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokjax.benchmarks import compiled_bytes
 from tokjax.ops import attention
 from tokjax.parallel import processes, zigzag
 
@@ -204,15 +204,7 @@ def ring_mesh(kind=jax.sharding.AxisType.Auto, **axes):
 
 
 def permutes(text: str) -> list[tuple[int, int]]:
-  """(distance, bytes) of each collective-permute in a compiled program."""
+  """(distance, bytes) of each collective-permute; others must not be there."""
   for other in ("all-gather(", "all-reduce(", "all-to-all("):
     assert other not in text
-  found = []
-  pattern = r"f32\[([\d,]*)\]\S* collective-permute\(.*?pairs=\{(.*?)\}\}"
-  for shape, pairs in re.findall(pattern, text):
-    pairs = re.findall(r"(\d+),(\d+)", pairs)
-    distances = {(int(b) - int(a)) % len(pairs) for a, b in pairs}
-    (distance,) = distances  # all devices send alike
-    count = np.prod([int(n) for n in shape.split(",")], dtype=int)
-    found.append((distance, 4 * int(count)))
-  return found
+  return compiled_bytes.sends(text)

@@ -1,14 +1,13 @@
 """The cost model against compiled programs and numbers worked by hand."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from tests.parallel import moe_layers
+from tokjax.benchmarks import compiled_bytes
 from tokjax.parallel import moe_costs, moe_folding, moe_weights
 from tokjax.parallel.moe_costs import MoeSent, Workload
 from tokjax.parallel.moe_weights import MoeConfig
@@ -18,12 +17,7 @@ H100 = dict(flops=989e12, near_rate=450e9, far_rate=50e9, domain=8)
 
 def bytes_sent(text, ep, etp):
   """What a device sends to others, by the shapes in a compiled program."""
-  found = dict.fromkeys(("all-to-all", "all-gather", "reduce-scatter"), 0)
-  for shapes, name in re.findall(
-    r"= (.*?) (all-to-all|all-gather|reduce-scatter)\(", text
-  ):
-    for shape in re.findall(r"f32\[([\d,]+)\]", shapes):
-      found[name] += 4 * np.prod([int(n) for n in shape.split(",")])
+  found = compiled_bytes.results(text)
   return MoeSent(
     found["all-to-all"] * (ep - 1) / ep,
     found["all-gather"] * (etp - 1) / etp  # of the result

@@ -2,11 +2,11 @@
 
 A small VAT is trained on random unions of balls, boxes and tori and on a folder
 of meshes, mirrored, turned and stretched, with Gaussians alone and then with
-codes. It is measured on unions that it has
-not seen and on the meshes as they are, which it has seen: there the decoder,
-whose bytes are not counted, may remember them. Prefixes of the scales are
-compared with what the same bytes hold without training: a grid of voxels of a
-bit each, and points of the surface of a byte a coordinate.
+codes. It is measured on unions that it has not seen and on the meshes as they
+are, which it has seen: there the decoder, whose bytes are not counted, may
+remember them. Prefixes of the scales are compared with what the same bytes hold
+without training: a grid of voxels of a bit each, and points of the surface of a
+byte a coordinate.
 
     rows = measure(ShapeRun("meshes"))
     rows["vat 64"].metrics["iou"]
