@@ -180,3 +180,13 @@ def test_cotangents_of_parts_add_up_to_the_gradient():
 
   for ours, want in zip(*both(q, k, v), strict=True):
     np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_cut_and_joined():
+  x = np.arange(2 * 3 * 5 * 2.0).reshape(2, 3, 5, 2)
+  blocks, flat = attention.cut_rows((x, x[..., 0]), 2)
+  np.testing.assert_array_equal(blocks[1], x[:, :, 2:4])
+  np.testing.assert_array_equal(blocks[2, :, :, 1], 0)
+  joined = attention.join_rows((blocks, flat), 5)
+  np.testing.assert_array_equal(joined[0], x)
+  np.testing.assert_array_equal(joined[1], x[..., 0])

@@ -9,7 +9,7 @@ divided by (`lse`): two such pairs of other keys merge into that of both. Rings,
 sparse and chunked attention are sums of parts in this sense.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ __all__ = [
   "attend",
   "attend_cotangents",
   "attend_with_lse",
+  "cut_rows",
+  "join_rows",
   "merge",
 ]
 
@@ -225,6 +227,46 @@ def attend_cotangents(
     _product("bkgnm,bkgnd->bkmd", d_logits, rows),
     _product("bkgnm,bkgne->bkme", weights, d_mixed),
   )
+
+
+def cut_rows(tree: Any, size: int) -> Any:
+  """Arrays [B, H, N, ...] as blocks of rows, [blocks, B, H, size, ...].
+
+  Args:
+    tree: any pytree of them.
+    size: rows of a block; zeros fill up the last.
+
+  Example:
+    >>> cut_rows(jnp.ones((1, 2, 5, 3)), 2).shape
+    (3, 1, 2, 2, 3)
+  """
+
+  def cut(x):
+    missing = -x.shape[2] % size
+    x = jnp.pad(x, [(0, missing if i == 2 else 0) for i in range(x.ndim)])
+    x = x.reshape(*x.shape[:2], -1, size, *x.shape[3:])
+    return jnp.moveaxis(x, 2, 0)
+
+  return jax.tree.map(cut, tree)
+
+
+def join_rows(tree: Any, num_rows: int) -> Any:
+  """The arrays that `cut_rows` cut, without what filled them up.
+
+  Args:
+    tree: any pytree of blocks.
+    num_rows: N.
+
+  Example:
+    >>> join_rows(cut_rows(jnp.ones((1, 2, 5, 3)), 2), 5).shape
+    (1, 2, 5, 3)
+  """
+
+  def join(x):
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :num_rows]
+
+  return jax.tree.map(join, tree)
 
 
 def _product(equation, x, y):

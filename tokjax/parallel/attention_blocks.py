@@ -8,7 +8,6 @@ Also what attention over many devices does before and after its blocks. Every
 array has its rows on axis 2, so that the tuples here can be cut alike.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -230,7 +229,7 @@ def read_block(
     return some(0, queries)
   chunks = _chunks(queries, query_chunk)
   states = jax.lax.map(lambda chunk: some(*chunk), chunks)
-  return _unchunk(states, num_rows)
+  return attention.join_rows(states, num_rows)
 
 
 def pull_block(
@@ -281,7 +280,7 @@ def pull_block(
   # Rows that fill up the last chunk are zero, cotangents too: they add nothing.
   chunks = _chunks(asking, query_chunk)
   d_keys, d_rows = jax.lax.scan(step, _no_gradients(keys), chunks)
-  return _unchunk(d_rows, num_rows), d_keys
+  return attention.join_rows(d_rows, num_rows), d_keys
 
 
 def _mask(queries, keys, start, triangle):
@@ -299,24 +298,8 @@ def _mask(queries, keys, start, triangle):
 
 def _chunks(tree, size):
   """Where chunks of rows start, and the chunks; both on a new first axis."""
-  count = math.ceil(jax.tree.leaves(tree)[0].shape[2] / size)
-
-  def cut(x):  # [B, H, n, ...] -> [chunks, B, H, size, ...]
-    missing = count * size - x.shape[2]
-    x = jnp.pad(x, [(0, missing if i == 2 else 0) for i in range(x.ndim)])
-    x = x.reshape(*x.shape[:2], count, size, *x.shape[3:])
-    return jnp.moveaxis(x, 2, 0)
-
-  return jnp.arange(count) * size, jax.tree.map(cut, tree)
-
-
-def _unchunk(tree, num_rows):
-  def glue(x):
-    x = jnp.moveaxis(x, 0, 2)
-    x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
-    return x[:, :, :num_rows]
-
-  return jax.tree.map(glue, tree)
+  chunks = attention.cut_rows(tree, size)
+  return jnp.arange(len(jax.tree.leaves(chunks)[0])) * size, chunks
 
 
 def _no_gradients(keys):

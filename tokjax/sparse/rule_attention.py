@@ -81,7 +81,11 @@ def rule_attention(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(rule, size, q, k, v, readers, read):
   some = _readable(rule, size, readers, read)
-  keys = _blocks((k, v), size), _token_blocks(read, size), _real(k, size)
+  keys = (
+    attention.cut_rows((k, v), size),
+    _token_blocks(read, size),
+    _real(k, size),
+  )
 
   def rows(block):
     q, readers, some = block
@@ -102,9 +106,9 @@ def _attend(rule, size, q, k, v, readers, read):
     )
     return jax.lax.scan(step, start, (some, keys))[0]
 
-  queries = _blocks(q, size), _token_blocks(readers, size), some
+  queries = attention.cut_rows(q, size), _token_blocks(readers, size), some
   state = jax.lax.map(rows, queries)
-  return tuple(_joined(x, q.shape[2]) for x in state)
+  return tuple(attention.join_rows(state, q.shape[2]))
 
 
 def _forward(rule, size, q, k, v, readers, read):
@@ -117,7 +121,11 @@ def _backward(rule, size, kept, cotangents):
   d_out, d_lse = cotangents
   delta = jnp.sum(d_out * out, axis=-1) - d_lse
   some = _readable(rule, size, readers, read)
-  keys = _blocks((k, v), size), _token_blocks(read, size), _real(k, size)
+  keys = (
+    attention.cut_rows((k, v), size),
+    _token_blocks(read, size),
+    _real(k, size),
+  )
 
   def rows(total, block):
     (q, d_out, lse, delta), readers, some = block
@@ -138,14 +146,14 @@ def _backward(rule, size, kept, cotangents):
     d_q, total = jax.lax.scan(step, d_q, (some, keys, total))
     return total, d_q
 
-  asked = _blocks((q, d_out, lse, delta), size)
+  asked = attention.cut_rows((q, d_out, lse, delta), size)
   start = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), keys[0])
   total, d_q = jax.lax.scan(
     rows, start, (asked, _token_blocks(readers, size), some)
   )
-  d_k, d_v = (_joined(x, k.shape[2]) for x in total)
+  d_k, d_v = attention.join_rows(total, k.shape[2])
   return (
-    _joined(d_q, q.shape[2]).astype(q.dtype),
+    attention.join_rows(d_q, q.shape[2]).astype(q.dtype),
     d_k.astype(k.dtype),
     d_v.astype(v.dtype),
     None,
@@ -165,24 +173,6 @@ def _tile(rule, readers, read, real):
   """[n, m] or [B, n, m]."""
   mask = mask_rules.may_read(rule, readers, read)
   return mask & (real if mask.ndim == 2 else real[None])
-
-
-def _blocks(tree, size):
-  """[B, H, N, ...] -> [blocks, B, H, size, ...], filled up with zeros."""
-
-  def cut(x):
-    missing = -x.shape[2] % size
-    x = jnp.pad(x, [(0, missing if i == 2 else 0) for i in range(x.ndim)])
-    x = x.reshape(*x.shape[:2], -1, size, *x.shape[3:])
-    return jnp.moveaxis(x, 2, 0)
-
-  return jax.tree.map(cut, tree)
-
-
-def _joined(x, num_rows):
-  """The way back."""
-  x = jnp.moveaxis(x, 0, 2)
-  return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :num_rows]
 
 
 def _token_blocks(given, size):
