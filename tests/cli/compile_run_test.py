@@ -343,6 +343,26 @@ def test_training_at_global_batch_4096_fits_256_chips():
   assert row["collectives"]["all-gather"] >= 1  # documents of all chips
 
 
+SPLIT = """
+from tokjax.parallel import meshes, topologies
+
+devices = topologies.devices_of("v5p:4x4x4")
+print(dict(meshes.make_mesh(fsdp=2, tensor=8, devices=devices).shape))
+"""
+
+
+@pytest.mark.compile_tpu
+@needs("libtpu")
+def test_an_axis_may_be_a_part_of_a_side_of_a_pod():
+  done = subprocess.run(
+    [sys.executable, "-c", SPLIT],
+    env={**os.environ, **topologies.environment("tpu")},
+    capture_output=True,
+    text=True,
+  )
+  assert "{'data': 4, 'fsdp': 2, 'tensor': 8}" in done.stdout, done.stderr
+
+
 TEXT = """
 import json, sys
 import jax

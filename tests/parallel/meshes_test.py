@@ -28,6 +28,14 @@ def test_mesh_fits_the_devices(sizes, num_devices, want, kind):
   assert mesh.axis_types == (kind,) * 3
 
 
+def test_last_axes_get_neighbours():
+  devices = jax.devices()
+  mesh = meshes.lay_out({"far": 2, "near": 4}, devices, AxisType.Explicit)
+  assert mesh.axis_names == ("far", "near")
+  assert mesh.devices.tolist() == [devices[:4], devices[4:]]
+  assert mesh.axis_types == (AxisType.Explicit,) * 2
+
+
 def test_all_devices_by_default():
   assert meshes.make_mesh().size == jax.device_count() == 8
 

@@ -12,16 +12,24 @@ An axis of size 1 costs nothing, so sharding rules can name all three always.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from tokjax.parallel import rules
 
-__all__ = ["AXES", "BATCH_AXES", "MeshConfig", "make_mesh", "shard_batch"]
+__all__ = [
+  "AXES",
+  "BATCH_AXES",
+  "MeshConfig",
+  "lay_out",
+  "make_mesh",
+  "shard_batch",
+]
 
 # From the least to the most communication per step: the last axis gets
 # neighbouring devices.
@@ -54,8 +62,8 @@ def make_mesh(
   """Lays devices out in a grid of data x fsdp x tensor.
 
   Under `jax.distributed` these are the devices of all processes, and every
-  process must make the same call. `jax.make_mesh` orders them so that the
-  last axes get the fastest links.
+  process must make the same call. They are ordered so that the last axes get
+  the fastest links.
 
   Args:
     data: groups of devices with a copy of the parameters each.
@@ -78,9 +86,31 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = _fill({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices))
-  return jax.make_mesh(
-    sizes, AXES, devices=devices, axis_types=(axis_types,) * len(AXES)
+  return lay_out(dict(zip(AXES, sizes, strict=True)), devices, axis_types)
+
+
+def lay_out(
+  sizes: Mapping[str, int],
+  devices: Sequence[jax.Device],
+  axis_types: AxisType = AxisType.Auto,
+) -> Mesh:
+  """A mesh of named axes, the last ones along the fastest links.
+
+  An axis may be a part of a side of a pod, which `jax.make_mesh` refuses.
+
+  Args:
+    sizes: of the axes, slowest links first.
+    devices: as many as the sizes multiply to.
+    axis_types: of all axes.
+
+  Example:
+    >>> lay_out({"data": 1, "tensor": 1}, jax.devices()[:1]).axis_names
+    ('data', 'tensor')
+  """
+  grid = mesh_utils.create_device_mesh(
+    tuple(sizes.values()), devices, allow_split_physical_axes=True
   )
+  return Mesh(grid, tuple(sizes), axis_types=(axis_types,) * len(sizes))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

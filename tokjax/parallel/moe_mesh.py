@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from tokjax import checks
+from tokjax.parallel import meshes
 
 __all__ = ["FoldedMesh", "Refined", "make_folded_mesh", "refine_axes"]
 
@@ -189,12 +189,7 @@ def make_folded_mesh(
     checks.divisible(named, **{f"devices_of_{_text(one)}": wanted})
     two["edp"] = wanted // named
   refined = refine_axes(one, two)
-  # An axis may be part of a side of a pod, which `jax.make_mesh` refuses.
-  grid = mesh_utils.create_device_mesh(
-    tuple(refined.sizes.values()), devices, allow_split_physical_axes=True
-  )
-  names = tuple(refined.sizes)
-  mesh = Mesh(grid, names, axis_types=(axis_types,) * len(names))
+  mesh = meshes.lay_out(refined.sizes, devices, axis_types)
   parts = {name: refined.two[name] for name in _EXPERTS if name != "pp"}
   return FoldedMesh(mesh, **refined.one, **parts)
 
