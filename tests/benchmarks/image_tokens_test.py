@@ -105,7 +105,7 @@ def test_meaning_is_read_from_both_rows(untrained):
 
 def test_needs_are_those_of_the_choice(untrained):
   config = LavitConfig(8, 4, 4, 1, 2, 2.0, quantizer(), stage="merge")
-  metrics = image_tokens.by_need(runs(("merge", config)))["merge"].metrics
+  rows = image_tokens.by_need(runs(("merge", config)))
   tokenizer, state = built(config)
   teacher = image_tokens.vit_weights.load("")
 
@@ -114,11 +114,19 @@ def test_needs_are_those_of_the_choice(untrained):
     images = image_tokens.image_classification.pixels(raw)
     features = image_tokens.tokenizer_run.features(teacher, images)
     output = tokenizer(features, state)[0]
-    return tokenizer.select(features).keep.sum(1), output.losses["features"]
+    key = jax.random.split(jax.random.key(0))[0]
+    drawn = tokenizer.select(features, key).keep.sum(1)
+    surest = tokenizer.select(features).keep.sum(1)
+    return drawn, surest, output.losses["features"]
 
-  length, loss = found(raw(6))
+  size = image_tokens._BATCH
+  parts = [found(raw(6)[i : i + size]) for i in range(0, 6, size)]
+  drawn, length, loss = (np.stack(x) for x in zip(*parts, strict=True))
+  length_drawn = rows["merge"].metrics["length"]
+  np.testing.assert_allclose(length_drawn, np.mean(drawn), rtol=1e-6)
+  metrics = rows["merge surest"].metrics
   np.testing.assert_allclose(metrics["length"], np.mean(length), rtol=1e-6)
-  np.testing.assert_allclose(metrics["cosine"], 1 - loss, rtol=1e-4)
+  np.testing.assert_allclose(metrics["cosine"], 1 - loss.mean(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["one_d_piece", "hiera_tok", "ming", "lavit"])
