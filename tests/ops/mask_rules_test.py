@@ -91,16 +91,24 @@ def test_blocks_are_judged_with_care(name, batch):
     one = some_tokens(readers, seed, batch)
     two = some_tokens(read, seed + 10, batch)
     mask = np.asarray(may_read(RULES[name], one, two))
-    mask = mask.reshape(-1, readers, read)
+    mask = np.broadcast_to(mask, (*(batch or (1,)), readers, read))
     kinds = np.asarray(block_kinds(RULES[name], one, two, block_size=4))
-    assert kinds.shape == (-(-readers // 4), -(-read // 4))
-    for (i, j), kind in np.ndenumerate(kinds):
-      block = mask[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
+    assert kinds.shape == (*batch, -(-readers // 4), -(-read // 4))
+    for (b, i, j), kind in np.ndenumerate(kinds.reshape(-1, *kinds.shape[-2:])):
+      block = mask[b, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
       assert kind != EMPTY or not block.any()
       assert kind != FULL or block.all()
     seen |= set(kinds.ravel().tolist())
   # A judge who never decides would pass: whole blocks are decided, too.
   assert EMPTY in seen or FULL in seen or name in ("near", "visual")
+
+
+def test_blocks_of_two_sizes():
+  given = some_tokens(24)
+  found = block_kinds(causal, given, given, block_size=(4, 8))
+  want = 2 * (np.arange(3)[None] < np.arange(6)[:, None] // 2)
+  want[np.arange(6), np.arange(6) // 2] = 1
+  np.testing.assert_array_equal(found, want)
 
 
 def test_ordered_levels_are_decided_exactly():

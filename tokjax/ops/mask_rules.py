@@ -9,8 +9,8 @@ read, made of `<`, `<=`, `==`, `+`, `-`, `&`, `|` and `~`. It is asked about
 tokens, or about blocks of them of which only the range of each field is known
 (`Span`): then it says whether some pair and whether every pair of the two
 blocks may read, which is what attention needs to leave blocks out
-(`block_kinds`, `tokjax.sparse.rule_attention`). Blocks are judged with care: a
-block said to be empty is, one said to be full is.
+(`block_kinds`, `tokjax.kernels.sparse_attention`). Blocks are judged with
+care: a block said to be empty is, one said to be full is.
 
 Masks as constants, for few tokens: `tokjax.ops.attention_masks`.
 """
@@ -319,50 +319,72 @@ def may_read(
     >>> may_read(local(1), tokens(2), tokens(2)).tolist()
     [[True, False], [False, True]]
   """
-  readers = jax.tree.map(lambda x: x[..., :, None], readers)
-  read = jax.tree.map(lambda x: x[..., None, :], read)
-  return rule(_same_rank(readers, read), _same_rank(read, readers))
+  pairs = _pairs(readers, read)
+  return jnp.broadcast_to(rule(*pairs), _shape(pairs))
 
 
 def block_kinds(
-  rule: Rule, readers: Tokens, read: Tokens, *, block_size: int
-) -> Int[Array, "n m"]:
+  rule: Rule,
+  readers: Tokens,
+  read: Tokens,
+  *,
+  block_size: int | tuple[int, int],
+) -> Int[Array, "*B n m"]:
   """What of each pair of blocks may be read: nothing, some or everything.
 
   Args:
     rule: as of `may_read`.
     readers: N tokens.
     read: M tokens.
-    block_size: tokens of a block.
+    block_size: tokens of a block, or readers and read of one.
 
   Returns:
     int8: `EMPTY`, `PARTIAL` or `FULL`; PARTIAL also where the ranges do not
-    tell.
+    tell. Of each example where a field has a batch axis.
 
   Example:
     >>> block_kinds(causal, tokens(4), tokens(4), block_size=2).tolist()
     [[1, 0], [2, 1]]
   """
-  ours, theirs = (_span_of_blocks(x, block_size) for x in (readers, read))
-  shape = ours.position.low.shape + theirs.position.low.shape
-  ours = Tokens(*(Span(x.low[:, None], x.high[:, None]) for x in ours))
-  theirs = Tokens(*(Span(x.low[None], x.high[None]) for x in theirs))
-  known = rule(ours, theirs)
+  sizes = (
+    (block_size, block_size) if isinstance(block_size, int) else block_size
+  )
+  low, high = (
+    _pairs(
+      *(
+        _of_blocks(x, n, most)
+        for x, n in zip((readers, read), sizes, strict=True)
+      )
+    )
+    for most in (jnp.min, jnp.max)
+  )
+  spans = (Tokens(*map(Span, *ends)) for ends in zip(low, high, strict=True))
+  known = rule(*spans)
   kinds = jnp.where(known.all, FULL, jnp.where(known.some, PARTIAL, EMPTY))
-  return jnp.broadcast_to(kinds, shape).astype(jnp.int8)
+  return jnp.broadcast_to(kinds, _shape(low)).astype(jnp.int8)
 
 
-def _span_of_blocks(given, block_size):
-  """The range of each field over the tokens of a block, and over examples."""
+def _of_blocks(given, size, most):
+  """The least or greatest of each field in blocks of tokens."""
 
   def one(x):
-    missing = -x.shape[-1] % block_size
-    x = x.reshape(-1, x.shape[-1])
-    x = jnp.pad(x, ((0, 0), (0, missing)), mode="edge")
-    x = x.reshape(x.shape[0], -1, block_size)
-    return Span(jnp.min(x, axis=(0, 2)), jnp.max(x, axis=(0, 2)))
+    missing = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
+    x = jnp.pad(x, missing, mode="edge")
+    return most(x.reshape(*x.shape[:-1], -1, size), axis=-1)
 
-  return Tokens(*(one(x) for x in given))
+  return jax.tree.map(one, given)
+
+
+def _pairs(readers, read):
+  """Fields of both, such that an operation of two is one of all pairs."""
+  readers = jax.tree.map(lambda x: x[..., :, None], readers)
+  read = jax.tree.map(lambda x: x[..., None, :], read)
+  return _same_rank(readers, read), _same_rank(read, readers)
+
+
+def _shape(pairs):
+  """Of an answer about all pairs, whatever fields a rule asks for."""
+  return jnp.broadcast_shapes(*(x.shape for x in jax.tree.leaves(pairs)))
 
 
 def _span(x):
