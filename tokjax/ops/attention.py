@@ -21,6 +21,7 @@ __all__ = [
   "AttentionState",
   "attend",
   "attend_cotangents",
+  "attend_with_highest",
   "attend_with_lse",
   "cut_rows",
   "join_rows",
@@ -96,6 +97,26 @@ def attend_with_lse(
     >>> attend_with_lse(x, x, x).lse.tolist()  # log 2
     [[[0.6931471824645996, 0.6931471824645996]]]
   """
+  return attend_with_highest(queries, keys, values, mask, bias=bias)[0]
+
+
+def attend_with_highest(
+  queries: Float[Array, "B H N d"],
+  keys: Float[Array, "B K M d"],
+  values: Float[Array, "B K M e"],
+  mask: Bool[Array, "N M"] | Bool[Array, "#B N M"] | None = None,
+  *,
+  bias: Float[Array, "#B #H N M"] | None = None,
+) -> tuple[AttentionState, Float[Array, "B H N"]]:
+  """`attend_with_lse`, and the highest logit of each query, float32.
+
+  No gradient passes through that; it is -inf for a query that reads nothing.
+
+  Example:
+    >>> x = jnp.array([[[[1.0], [2.0]]]])
+    >>> attend_with_highest(x, x, x)[1].tolist()
+    [[[2.0, 4.0]]]
+  """
   num_heads, num_shared = queries.shape[1], keys.shape[1]
   checks.divisible(num_shared, heads_of_queries=num_heads)
   shared = num_heads > num_shared
@@ -112,8 +133,8 @@ def attend_with_lse(
   if mask is not None:
     mask = _over_heads(mask, logits.shape)
     logits = jnp.where(mask, logits, -jnp.inf)
-  largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-  largest = jnp.where(jnp.isfinite(largest), largest, 0)
+  highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+  largest = jnp.where(jnp.isfinite(highest), highest, 0)
   weights = jnp.exp(logits - largest)
   total = jnp.sum(weights, axis=-1, keepdims=True)
   weights = weights.astype(values.dtype)
@@ -124,7 +145,7 @@ def attend_with_lse(
     mixed = _unfold(mixed, num_heads)
   some = jnp.where(total > 0, total, 1)
   lse = jnp.where(total > 0, jnp.log(some) + largest, -jnp.inf)
-  return AttentionState(mixed / some, lse[..., 0])
+  return AttentionState(mixed / some, lse[..., 0]), highest[..., 0]
 
 
 def merge(one: AttentionState, two: AttentionState) -> AttentionState:
