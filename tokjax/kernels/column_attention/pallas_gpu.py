@@ -30,6 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tokjax import compat
 from tokjax.kernels.column_attention import block_sizes
+from tokjax.kernels.hopper_tiles import COLUMN, ROW, fill_rings, load_vector
 from tokjax.typing import Array, Float, Int32
 
 __all__ = ["column_attention_forward", "unsupported"]
@@ -40,8 +41,6 @@ _STILL = 64  # rows of a warpgroup
 _BLOCK = _COMPUTE * _STILL
 _MOVING = 128  # rows of a fetched tile
 _LOG2_E = math.log2(math.e)
-_ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
-_COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column
 _NO_KEY, _NO_ROW, _WEIGHTLESS = -2, -1, -3  # ids that meet nothing
 
 
@@ -318,8 +317,9 @@ class _Program:
         still_ready.at[i],
       )
     first, end = self.seen_tiles(place)
-    total = end - first
-    ahead = jnp.minimum(self.stages, total) if self.causal else self.stages
+
+    def wait(slot):
+      plgpu.barrier_wait(empty.at[slot])
 
     def ask(step, slot):
       plgpu.copy_gmem_to_smem(
@@ -328,19 +328,7 @@ class _Program:
         full.at[slot],
       )
 
-    @pl.loop(0, ahead)
-    def _(step):
-      ask(step, step)
-
-    @pl.loop(ahead, total)
-    def _(step):
-      slot = lax.rem(step, jnp.int32(self.stages))
-      plgpu.barrier_wait(empty.at[slot])
-      ask(step, slot)
-
-    @pl.loop(total - ahead, total)
-    def _(step):
-      plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(self.stages))])
+    fill_rings(end - first, self.stages, (wait, ask))
 
   def compute(
     self,
@@ -362,7 +350,7 @@ class _Program:
     tile64 = place * _COMPUTE + warpgroup
     ids = None
     if self.masked:
-      ids = _load(still_ids, (example, tile64), _ROW)
+      ids = load_vector(still_ids, (example, tile64), ROW)
     first, end = self.seen_tiles(place)
     plgpu.barrier_wait(still_ready.at[warpgroup])
 
@@ -371,7 +359,7 @@ class _Program:
       other = None
       if self.masked:
         owner = head if self.columns else example
-        other = _load(moving_ids, (owner, tile), _COLUMN)
+        other = load_vector(moving_ids, (owner, tile), COLUMN)
       slot = lax.rem(tile - first, jnp.int32(self.stages))
       plgpu.barrier_wait(full.at[slot])
       product = _product(still_smem.at[warpgroup], moving_smem.at[slot])
@@ -392,14 +380,14 @@ class _Program:
 
     def full_rows(value):
       values = jnp.full((_STILL,), value, jnp.float32)
-      return plgpu.layout_cast(values, _ROW)
+      return plgpu.layout_cast(values, ROW)
 
     if self.columns:
       offsets, weights, received = refs
 
       def add(tile, total):
-        offset = _load(offsets, (head, tile), _COLUMN)
-        weight = _load(weights, (head, tile), _COLUMN)
+        offset = load_vector(offsets, (head, tile), COLUMN)
+        weight = load_vector(weights, (head, tile), COLUMN)
         product = scores(tile)
         offset = lax.broadcast_in_dim(offset, product.shape, [1])
         weight = lax.broadcast_in_dim(weight, product.shape, [1])
@@ -441,11 +429,6 @@ def _iota(shape, axis):
   return plgpu.broadcasted_iota(
     jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA
   )
-
-
-def _load(ref, place, layout):
-  """A short vector, which need not be read at full width."""
-  return plgpu.load(ref, place, layout=layout, optimized=False)
 
 
 def _tiles(x, size):

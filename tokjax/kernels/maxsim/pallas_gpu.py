@@ -33,6 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tokjax import compat
+from tokjax.kernels.hopper_tiles import COLUMN, ROW, fill_rings, load_vector
 from tokjax.kernels.maxsim import gpu_block_sizes
 from tokjax.kernels.maxsim.gpu_block_sizes import BlockSizes
 from tokjax.kernels.maxsim.pallas_gpu_backward import maxsim_backward
@@ -43,8 +44,6 @@ __all__ = ["maxsim_backward", "maxsim_forward", "unsupported"]
 
 _MAX_WIDTH = {"bfloat16": 256, "float32": 128}  # by shared memory
 _COMPUTE = 2  # warpgroups that compute; one more fetches
-_ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
-_COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column
 
 
 def unsupported(queries, documents) -> str | None:
@@ -359,9 +358,6 @@ class _Program:
           rows_ready.at[tile],
         )
 
-    total = self.documents_per_walker * self.num_tiles
-    ahead = min(sizes.stages, total)
-
     def ask(step, slot):
       for ring in range(sizes.rings):
         walker = program * sizes.rings + ring
@@ -382,19 +378,8 @@ class _Program:
       for ring in range(sizes.rings):
         plgpu.barrier_wait(empty.at[ring * sizes.stages + slot])
 
-    @pl.loop(0, ahead)
-    def _(step):
-      ask(step, step)
-
-    @pl.loop(ahead, total)
-    def _(step):
-      slot = lax.rem(step, jnp.int32(sizes.stages))
-      wait(slot)
-      ask(step, slot)
-
-    @pl.loop(total - ahead, total)
-    def _(step):
-      wait(lax.rem(step, jnp.int32(sizes.stages)))
+    total = self.documents_per_walker * self.num_tiles
+    fill_rings(total, sizes.stages, (wait, ask))
 
   def compute(
     self,
@@ -420,7 +405,7 @@ class _Program:
     out_tile = query_block * self.row_tiles + row_tile
     walker = program * sizes.rings + ring
     best_smem = best_smem.at[warpgroup]
-    keep = _load(row_valid, out_tile, _ROW) > 0
+    keep = load_vector(row_valid, out_tile, ROW) > 0
     plgpu.barrier_wait(rows_ready.at[row_tile])
 
     @pl.loop(0, self.documents_per_walker)
@@ -431,7 +416,7 @@ class _Program:
         best, index = carry
         slot = lax.rem(step * self.num_tiles + tile, jnp.int32(sizes.stages))
         slot = ring * sizes.stages + slot
-        valid = _load(token_valid, (document, tile), _COLUMN)
+        valid = load_vector(token_valid, (document, tile), COLUMN)
         plgpu.barrier_wait(full.at[slot])
         similarity = self.similarity(
           rows_smem, row_tile, tiles_smem.at[slot], low_smem, warpgroup
@@ -448,7 +433,7 @@ class _Program:
         return jnp.maximum(best, tile_best), index
 
       def full_rows(value, dtype):
-        return plgpu.layout_cast(jnp.full((sizes.rows,), value, dtype), _ROW)
+        return plgpu.layout_cast(jnp.full((sizes.rows,), value, dtype), ROW)
 
       best, index = lax.fori_loop(
         0,
@@ -460,7 +445,7 @@ class _Program:
       best_smem[...] = jnp.where(keep | (best == -jnp.inf), best, 0.0)
       for i in range(sizes.rows // self.segment):
         rows = pl.ds(i * self.segment, self.segment)
-        part = _load(best_smem, rows, _COLUMN)
+        part = load_vector(best_smem, rows, COLUMN)
         place = out_tile * (sizes.rows // self.segment) + i
         outputs[0][place, document] = jnp.sum(part)
       if self.return_index:
@@ -519,11 +504,6 @@ class _Program:
       whole[...] = high
       rest[...] = values - high
     plgpu.commit_smem()
-
-
-def _load(ref, place, layout):
-  """A short vector, which need not be read at full width."""
-  return plgpu.load(ref, place, layout=layout, optimized=False)
 
 
 def _high(x):

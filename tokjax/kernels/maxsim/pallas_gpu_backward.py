@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tokjax import compat
 from tokjax.kernels.bfloat16_parts import bfloat16_parts
+from tokjax.kernels.hopper_tiles import COLUMN, fill_rings, load_vector
 from tokjax.kernels.maxsim import xla
 from tokjax.typing import Array, Bool, Float, Int32
 
@@ -241,7 +242,9 @@ class _Program:
 
   def fetch(self, parts, *, rows_smem, full, empty, **_):
     """Keeps the ring of query rows full."""
-    ahead = min(_STAGES, self.num_chunks)
+
+    def wait(slot):
+      plgpu.barrier_wait(empty.at[slot])
 
     def ask(chunk, slot):
       for i, part in enumerate(parts):
@@ -251,19 +254,7 @@ class _Program:
           full.at[slot],
         )
 
-    @pl.loop(0, ahead)
-    def _(chunk):
-      ask(chunk, chunk)
-
-    @pl.loop(ahead, self.num_chunks)
-    def _(chunk):
-      slot = lax.rem(chunk, jnp.int32(_STAGES))
-      plgpu.barrier_wait(empty.at[slot])
-      ask(chunk, slot)
-
-    @pl.loop(self.num_chunks - ahead, self.num_chunks)
-    def _(chunk):
-      plgpu.barrier_wait(empty.at[lax.rem(chunk, jnp.int32(_STAGES))])
+    fill_rings(self.num_chunks, _STAGES, (wait, ask))
 
   def compute(
     self, met, weight, gradient, warpgroup, *, rows_smem, out_smem, full, empty
@@ -271,7 +262,6 @@ class _Program:
     """Sums the gradient of 64 tokens in registers and writes it."""
     document = lax.axis_index("document")
     start = (lax.axis_index("tile") * _COMPUTE + warpgroup) * _TOKENS
-    column = plgpu.Layout.WGMMA.reduce(0)
     shape = (_TOKENS, _CHUNK)
     num_weights = max(2, self.num_parts)
 
@@ -280,8 +270,8 @@ class _Program:
       def _(chunk):
         slot = lax.rem(chunk, jnp.int32(_STAGES))
         place = (document, chunk)
-        token = plgpu.load(met, place, layout=column, optimized=False)
-        scale = plgpu.load(weight, place, layout=column, optimized=False)
+        token = load_vector(met, place, COLUMN)
+        scale = load_vector(weight, place, COLUMN)
         own = start + plgpu.broadcasted_iota(
           jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA
         )

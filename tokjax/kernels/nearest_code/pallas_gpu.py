@@ -32,6 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tokjax import compat
 from tokjax.kernels.bfloat16_parts import bfloat16_parts
+from tokjax.kernels.hopper_tiles import COLUMN, fill_rings, load_vector
 from tokjax.kernels.nearest_code import gpu_block_sizes
 from tokjax.kernels.nearest_code.gpu_block_sizes import PARTS, BlockSizes
 from tokjax.typing import Array, Float, Int32
@@ -41,8 +42,6 @@ __all__ = ["nearest", "unsupported"]
 _COMPUTE = 2  # warpgroups that compute; one more fetches
 _ROWS = 64  # tokens of a warpgroup
 _SLICE = 32  # columns that are compared at once
-_ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
-_COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column
 
 
 def unsupported(x, codes, block_size: int | None = None) -> str | None:
@@ -240,8 +239,9 @@ class _Program:
         tokens_smem.at[i],
         tokens_ready.at[i],
       )
-    total = self.tiles_per_split * self.copies
-    ahead = min(sizes.stages, total)
+
+    def wait(slot):
+      plgpu.barrier_wait(empty.at[slot])
 
     def ask(step, slot):
       tile = self.tile(split, lax.div(step, jnp.int32(self.copies)))
@@ -254,19 +254,8 @@ class _Program:
         full.at[slot],
       )
 
-    @pl.loop(0, ahead)
-    def _(step):
-      ask(step, step)
-
-    @pl.loop(ahead, total)
-    def _(step):
-      slot = lax.rem(step, jnp.int32(sizes.stages))
-      plgpu.barrier_wait(empty.at[slot])
-      ask(step, slot)
-
-    @pl.loop(total - ahead, total)
-    def _(step):
-      plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(sizes.stages))])
+    total = self.tiles_per_split * self.copies
+    fill_rings(total, sizes.stages, (wait, ask))
 
   def compute(
     self,
@@ -287,7 +276,7 @@ class _Program:
     def meet(step, carry):
       best, first = carry
       tile = self.tile(split, step)
-      shift = _load(offset, tile, _COLUMN)
+      shift = load_vector(offset, tile, COLUMN)
       scores = self.product(
         tokens_smem.at[warpgroup], codes_smem, step, full, empty
       )
@@ -357,11 +346,6 @@ class _Program:
 def _full(value, dtype):
   values = jnp.full((_ROWS, _SLICE), value, dtype)
   return plgpu.layout_cast(values, plgpu.Layout.WGMMA)
-
-
-def _load(ref, place, layout):
-  """A short vector, which need not be read at full width."""
-  return plgpu.load(ref, place, layout=layout, optimized=False)
 
 
 def _pad_axis(x, axis, size, value=0):
