@@ -159,6 +159,8 @@ PARTS = (
   "tokjax.kernels.greedy_select.xla",
   "tokjax.kernels.maxsim.sharding",
   "tokjax.kernels.maxsim.xla",
+  "tokjax.kernels.sparse_attention.sharding",
+  "tokjax.kernels.sparse_attention.xla",
   "tokjax.retrieval.index_scoring",
   "tokjax.retrieval.index_storage",
 )

@@ -4,10 +4,10 @@ import jax
 
 from tests.contracts import harness
 from tests.contracts.harness import Case
+from tokjax.kernels.sparse_attention import rule_attention
 from tokjax.ops import mask_rules
 from tokjax.sparse import anchor_attention as aa
 from tokjax.sparse.anchor_attention import AnchorConfig
-from tokjax.sparse.rule_attention import rule_attention
 
 
 def heads(seed):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.ops.mask_rules_test import RULES, some_tokens
+from tokjax.kernels.sparse_attention import RuleAttention, rule_attention
+from tokjax.kernels.sparse_attention.block_lists import block_lists
 from tokjax.ops import attention, mask_rules
-from tokjax.sparse.rule_attention import rule_attention
 
 NUM_TOKENS, BLOCK = 21, 8
 
@@ -29,7 +30,8 @@ def both(q, k, v, rule, given):
 
   def plain(q, k, v):
     mask = mask_rules.may_read(rule, given, given)
-    return attention.attend_with_lse(q, k, v, mask)
+    state, highest = attention.attend_with_highest(q, k, v, mask)
+    return RuleAttention(*state, highest)
 
   def ours(q, k, v):
     return rule_attention(q, k, v, rule, given, block_size=BLOCK)
@@ -85,6 +87,18 @@ def test_empty_blocks_are_not_computed():
   assert np.isnan(out[:, :, 16:]).all()
 
 
+def test_a_rule_may_ask_one_side_alone():
+  def visual(reader, read):
+    return read.kind == mask_rules.VISUAL
+
+  (ours, grads), (plain, wanted) = both(
+    *inputs(), visual, some_tokens(NUM_TOKENS, batch=(2,))
+  )
+  np.testing.assert_allclose(ours.out, plain.out, rtol=1e-5, atol=1e-5)
+  for got, want in zip(grads, wanted, strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_other_tokens_are_read():
   q, k, v = inputs(num_queries=5)
   readers = mask_rules.tokens(5, level=jnp.array([0, 1, 2, 3, 1]))
@@ -120,10 +134,42 @@ def test_bfloat16():
   np.testing.assert_allclose(ours.out, plain.out, atol=2e-2)
 
 
+def test_reference_and_what_it_leaves_out():
+  q, k, v = inputs()
+  given = some_tokens(NUM_TOKENS)
+  (ours, _), _ = both(q, k, v, mask_rules.causal, given)
+  found = rule_attention(
+    q, k, v, mask_rules.causal, given, implementation="reference"
+  )
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+    ours,
+    found,
+  )
+
+
 def test_errors():
   q, k, v = inputs()
   given = mask_rules.tokens(NUM_TOKENS)
   with pytest.raises(ValueError, match="heads_of_q"):
     rule_attention(q[:, :3], k, v, mask_rules.causal, given)
+  with pytest.raises(ValueError, match="width_of_q=6, width_of_k=5"):
+    rule_attention(q, v, v, mask_rules.causal, given)
   with pytest.raises(ValueError, match="readers=3"):
     rule_attention(q, k, v, mask_rules.causal, mask_rules.tokens(3), given)
+
+
+def test_lists_of_blocks():
+  given = some_tokens(NUM_TOKENS, seed=1, batch=(2,))
+  for name, rule in RULES.items():
+    lists = block_lists(rule, given, given, query_block=4, key_block=8)
+    kinds = mask_rules.block_kinds(rule, given, given, block_size=(4, 8))
+    kinds = np.array(kinds)
+    kinds[..., -1] = np.minimum(kinds[..., -1], mask_rules.PARTIAL)  # filled up
+    for place, count in np.ndenumerate(np.asarray(lists.count)):
+      want = np.flatnonzero(kinds[place])
+      index, kind = lists.index[place], lists.kind[place]
+      np.testing.assert_array_equal(index[:count], want, name)
+      np.testing.assert_array_equal(kind[:count], kinds[place][want])
+      last = want[-1] if len(want) else 0
+      assert (index[count:] == last).all() and (kind[count:] == 0).all()
