@@ -341,7 +341,7 @@ def test_bfloat16_is_as_near_as_dense():
 
 
 def test_no_square_of_all_rows():
-  config = AnchorConfig(16, 4, max_stripes=128)
+  config = AnchorConfig(16, 4, max_stripes=128, largest_tile=128)
   n = 1000  # with rows that fill no group
 
   def loss(q, k, v):

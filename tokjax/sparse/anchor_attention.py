@@ -15,7 +15,8 @@ group from row f on reads fall into two parts, which `merge` makes one:
     j < b, or j >= f - b                 exactly, `anchor_state`
     b <= j < f - b, if a stripe          `stripe_select`, `stripe_attention`
 
-Three functions of whole arrays, so that a kernel can stand for one of them.
+Both are `row_groups.read_between` of the keys of a group laid side by side: the
+blocks past its last stripe are left out.
 
 Source: Zhang et al. (2025), "AnchorAttention: Difference-Aware Sparse Attention
 with Stripe Granularity". Means, ranges and theta are those of the reference
@@ -24,6 +25,7 @@ Ours: capacities and what is done past them, segments, gradients, `recall`.
 """
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -32,9 +34,9 @@ import jax.numpy as jnp
 from tokjax import checks
 from tokjax.ops import attention, packing
 from tokjax.ops.attention import AttentionState
-from tokjax.sparse import causal_heads
+from tokjax.sparse import causal_heads, row_groups
 from tokjax.sparse.causal_heads import recall
-from tokjax.typing import Array, Float, Int, Int32
+from tokjax.typing import Array, Float, Implementation, Int, Int32
 
 __all__ = [
   "AnchorConfig",
@@ -113,6 +115,7 @@ def anchor_attention(
   config: AnchorConfig,
   *,
   segment_ids: Int[Array, "B N"] | None = None,
+  implementation: Implementation | None = None,
 ) -> tuple[AttentionState, AnchorStats]:
   """softmax(q k^T / sqrt(d)) v over the first, the last and chosen keys.
 
@@ -127,6 +130,8 @@ def anchor_attention(
     segment_ids: sequences packed in one: equal ids in a row are one of them,
       with first keys of its own. Negative ids are padding, which nothing
       reads, whatever it holds, and which reads nothing. None: one sequence.
+    implementation: of the attention to what is read, see
+      `tokjax.kernels.sparse_attention.rule_attention`.
 
   Returns:
     What was read, float32, which `attention.merge` can add to; and how much.
@@ -147,13 +152,16 @@ def anchor_attention(
     [[[0, 0, 1]]]
 
   Cost: 4 d FLOPs for each pair that is read and N^2 d / b for the choice, a
-  head. A head holds O(N) values, a square of logits of one tile, and
-  G * max_stripes positions; heads follow one another. Mapped by `jax.vmap`,
-  nothing is skipped: the keys that are left out are masked.
+  head. A head holds O(N) values, a square of logits of one tile, G *
+  max_stripes positions, and the keys and values of one group (kernels: of
+  eight); heads follow one another. Mapped by `jax.vmap`, nothing is skipped:
+  the keys that are left out are masked.
 
   On an Explicit mesh batch and heads may be sharded.
   """
-  state = anchor_state(q, k, v, config, segment_ids=segment_ids)
+  state = anchor_state(
+    q, k, v, config, segment_ids=segment_ids, implementation=implementation
+  )
   stripes = stripe_select(q, k, state.anchor, config, segment_ids=segment_ids)
   read = stripe_attention(
     state.read,
@@ -164,6 +172,7 @@ def anchor_attention(
     stripes.count,
     config,
     segment_ids=segment_ids,
+    implementation=implementation,
   )
   kept = _kept_fraction(q, k, stripes, config, segment_ids)
   return read, AnchorStats(stripes.count, stripes.overflow, kept)
@@ -176,6 +185,7 @@ def anchor_state(
   config: AnchorConfig,
   *,
   segment_ids: Int[Array, "B N"] | None = None,
+  implementation: Implementation | None = None,
 ) -> AnchorState:
   """Attention over the first block of keys and those near the row.
 
@@ -187,6 +197,7 @@ def anchor_state(
     v: values.
     config: of which `block` and `step` are read.
     segment_ids: packed sequences and padding.
+    implementation: as above.
 
   Returns:
     What was read, and the anchors, which pass no gradient.
@@ -205,37 +216,41 @@ def anchor_state(
   """
   _check(config, segment_ids, q, k, v)
   block, _, group = _sizes(config)
-  tile = _tile(config)
 
   def head(q, k, v, start):
     num_rows = q.shape[0]
     q, k, v, start = _whole_groups(config, start, q, k, v)
+    row = jnp.arange(q.shape[0])
 
-    @jax.checkpoint
-    def rows(i):
-      first = i * tile // group * group
-      row = i * tile + jnp.arange(tile)
-      queries, begin = (_cut(x, i * tile, tile) for x in (q, start))
-      sink = start[first] + jnp.arange(block)
-      before = first - block + jnp.arange(block)
-      position = jnp.concatenate([sink, before])
-      far = jnp.concatenate([sink < first - block, before >= 0])
-      state = _read(
+    def groups(implementation, arrays):
+      queries, row, start = arrays  # [c, rows of a group, ...]
+      first = row[:, :1]
+      sink = start[:, :1] + jnp.arange(block)[None]
+      near = first - block + jnp.arange(block + group)[None]
+      position = jnp.concatenate([sink, near], axis=1)
+      valid = jnp.concatenate([sink < first - block, near >= 0], axis=1)
+      keys, values = (
+        jnp.take(x, position, axis=0, mode="clip") for x in (k, v)
+      )
+      unread = q.shape[0]  # comes after every row
+      return row_groups.read_between(
         queries,
-        *(jnp.take(x, position, axis=0, mode="clip") for x in (k, v)),
-        far[None] & (position[None] >= begin[:, None]),
+        keys,
+        values,
+        start,
+        row,
+        jnp.where(valid, position, unread),
+        largest_tile=config.largest_tile,
+        implementation=implementation,
       )
 
-      def readable(slot):
-        position = (first + slot)[None]
-        return (position >= begin[:, None]) & (position <= row[:, None])
-
-      end = (i + 1) * tile - first
-      near = (_cut(x, first, group) for x in (k, v))
-      return _walk(state, queries, *near, tile, 0, end, readable)
-
-    found = jax.lax.map(rows, jnp.arange(q.shape[0] // tile))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], found)
+    found = row_groups.each_group(
+      groups, implementation, group, (q, row, start)
+    )
+    read = AttentionState(found.out, found.lse)
+    return jax.tree.map(
+      lambda x: x[:num_rows], AnchorState(read, found.highest)
+    )
 
   return causal_heads.each_head(head, q, (k, v), segment_ids)
 
@@ -339,6 +354,7 @@ def stripe_attention(
   config: AnchorConfig,
   *,
   segment_ids: Int[Array, "B N"] | None = None,
+  implementation: Implementation | None = None,
 ) -> AttentionState:
   """Goes on from the anchors' state with the stripes.
 
@@ -355,6 +371,7 @@ def stripe_attention(
       that fill no group read all of them.
     config: static.
     segment_ids: packed sequences and padding.
+    implementation: as above.
 
   Returns:
     What was read in both.
@@ -377,53 +394,47 @@ def stripe_attention(
   """
   _check(config, segment_ids, q, k, v)
   block, _, group = _sizes(config)
-  tile = _tile(config)
   tail = _tail(config, q.shape[2])
   room = index.shape[-1]
 
   def head(q, k, v, start, state, index, count):
     num_rows = q.shape[0]
-    pad = -num_rows % group
-    state = AttentionState(
-      jnp.pad(state.out, ((0, pad), (0, 0))),
-      jnp.pad(state.lse, (0, pad), constant_values=-jnp.inf),
-    )
     q, k, v, start = _whole_groups(config, start, q, k, v)
     reads = _readers(start, start[::group])
-    index = jnp.pad(index, ((0, 0), (0, -room % tile)))
+    number = jnp.arange(count.shape[0])
+    every = _reads_all(config, count, room, number == tail)
 
-    def rows(i, keys, values, low, high):
-      def readable(slot):
-        among = (slot >= low) & (slot < high)
-        return _cut(reads, i * tile, tile)[:, None] & among[None]
+    def limits(first, end):
+      """Of rows: what those read that read behind their group."""
+      end = jnp.where(reads, jnp.repeat(end, group), 0)
+      return jnp.broadcast_to(first, end.shape), end - 1
 
-      part = jax.tree.map(lambda x: _cut(x, i * tile, tile), state)
-      queries = _cut(q, i * tile, tile)
-      part = AnchorState(part, part.lse)  # no more anchors are wanted
-      part = _walk(part, queries, keys, values, tile, low, high, readable)
-      return part.read
+    def read(implementation, *asked):
+      return row_groups.read_between(
+        *asked,
+        largest_tile=config.largest_tile,
+        implementation=implementation,
+      )
 
-    @jax.checkpoint
-    def one_group(i):
-      tiles = i * (group // tile) + jnp.arange(group // tile)
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def groups(implementation, arrays):
+      queries, first, last, index = arrays
+      keys, values = (jnp.take(x, index, axis=0) for x in (k, v))
+      slot = jnp.broadcast_to(jnp.arange(room)[None], index.shape)
+      return read(implementation, queries, keys, values, first, last, slot)
 
-      def read(keys, values, low, high):
-        return jax.lax.map(lambda i: rows(i, keys, values, low, high), tiles)
-
-      def stripes():
-        keys, values = (jnp.take(x, index[i], axis=0) for x in (k, v))
-        return read(keys, values, 0, jnp.minimum(count[i], room))
-
-      def everything():
-        return read(k, v, start[i * group] + block, i * group - block)
-
-      if config.overflow != "dense" and tail < 0:
-        return stripes()
-      every = _reads_all(config, count[i], room, i == tail)
-      return jax.lax.cond(every, everything, stripes)
-
-    found = jax.lax.map(one_group, jnp.arange(count.shape[0]))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:])[:num_rows], found)
+    chosen = jnp.where(every, 0, jnp.minimum(count, room))
+    rows = q, *limits(0, chosen)
+    parts = [row_groups.each_group(groups, implementation, group, rows, index)]
+    if config.overflow == "dense" or tail >= 0:
+      behind = jnp.where(every, number * group - block, 0)
+      asked = q, k, v, *limits(start + block, behind), jnp.arange(k.shape[0])
+      found = read(implementation, *(x[None] for x in asked))
+      parts.append(jax.tree.map(lambda x: x[0], found))
+    for part in parts:
+      part = AttentionState(part.out[:num_rows], part.lse[:num_rows])
+      state = attention.merge(state, part)
+    return state
 
   return causal_heads.each_head(
     head, q, (k, v), segment_ids, state, index, count
@@ -450,14 +461,6 @@ def _check(config, segment_ids, q, k, v=None):
 
 def _sizes(config):
   return config.block, config.step, config.block * config.step
-
-
-def _tile(config):
-  """Rows read at once: as many blocks as divide a group and fit."""
-  block, step, group = _sizes(config)
-  parts = (n for n in range(1, step + 1) if step % n == 0)
-  fit = [n * block for n in parts if n * block <= config.largest_tile]
-  return max(fit, default=block)
 
 
 def _tail(config, num_rows):
@@ -514,59 +517,6 @@ def _kept_fraction(q, k, stripes, config, segment_ids):
     return (exact + more) / jnp.maximum(total, 1)
 
   return causal_heads.each_head(head, q, (k,), segment_ids, stripes.count)
-
-
-def _cut(x, first, size):
-  return jax.lax.dynamic_slice_in_dim(x, first, size)
-
-
-def _read(queries, keys, values, mask):
-  """AnchorState of some rows over some keys, all of them at once."""
-  queries, keys, values = (x[None, None] for x in (queries, keys, values))
-  read = attention.attend_with_lse(queries, keys, values, mask)
-  # The same product as in `attend_with_lse`: XLA computes it once.
-  logits = jnp.matmul(
-    *jax.lax.stop_gradient((queries, keys.swapaxes(-1, -2))),
-    preferred_element_type=jnp.float32,
-  )
-  logits = logits * queries.shape[-1] ** -0.5
-  anchor = jnp.max(jnp.where(mask[None, None], logits, -jnp.inf), axis=-1)
-  return jax.tree.map(lambda x: x[0, 0], AnchorState(read, anchor))
-
-
-def _walk(state, queries, keys, values, tile, low, high, readable):
-  """Adds the keys from `low` to `high`, a tile at a time, to a state.
-
-  Args:
-    state: AnchorState of the rows.
-    queries: [n, d].
-    keys: [m, d], m a multiple of the tile.
-    values: [m, e].
-    tile: keys read at once.
-    low: first key; tiles that end before it are skipped.
-    high: tiles that begin there or later are skipped.
-    readable: from the positions of a tile's keys, bool[n, tile].
-  """
-
-  def add(state, i):
-    first = i * tile
-
-    @jax.checkpoint
-    def read(state):
-      more = _read(
-        queries,
-        *(_cut(x, first, tile) for x in (keys, values)),
-        readable(first + jnp.arange(tile)),
-      )
-      return AnchorState(
-        attention.merge(state.read, more.read),
-        jnp.maximum(state.anchor, more.anchor),
-      )
-
-    needed = (first < high) & (first + tile > low)
-    return jax.lax.cond(needed, read, lambda state: state, state), None
-
-  return jax.lax.scan(add, state, jnp.arange(keys.shape[0] // tile))[0]
 
 
 def _compact(chosen, room):
