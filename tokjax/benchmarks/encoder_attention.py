@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokjax import checks
-from tokjax.benchmarks import sparse_attention
+from tokjax.benchmarks import attention_choices
 from tokjax.benchmarks.trained_vit import Row
 from tokjax.data import beir
 from tokjax.models import bert, checkpoints
@@ -162,18 +162,18 @@ def _choices(run):
   def each(make: Callable, kept, q, k):
     def head(arrays):
       choose = make(*arrays, kept, run.block)
-      return sparse_attention.recall_of(choose, *arrays, run.block)
+      return attention_choices.recall_of(choose, *arrays, run.block)
 
     return jax.lax.map(head, [x.reshape(-1, *x.shape[2:]) for x in (q, k)])
 
   def streaming(q, k, kept, block):
     del k
-    return sparse_attention.streaming(kept, q.shape[0], block)
+    return attention_choices.streaming(kept, q.shape[0], block)
 
   others = {
     "streaming": streaming,
-    "block top-k": sparse_attention.block_top_k,
-    "vertical-slash": sparse_attention.vertical_slash,
+    "block top-k": attention_choices.block_top_k,
+    "vertical-slash": attention_choices.vertical_slash,
   }
   return {"anchor": (anchor, -20.0, 40.0)} | {
     name: (functools.partial(each, make), 0.0, 1.0)
