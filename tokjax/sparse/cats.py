@@ -26,7 +26,7 @@ Thresholding for Sparsity in Large Language Models", and its code.
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from tokjax import checks
 from tokjax.kernels.gated_mlp import gated_rows
 from tokjax.ops import code_usage
-from tokjax.typing import Array, Bool, Float, Int32
+from tokjax.typing import Array, Bool, Float, Implementation, Int32
 
 __all__ = [
   "CatsConfig",
@@ -154,7 +154,7 @@ def gated_mlp(
   mask: Bool[Array, "*batch"] | None = None,
   *,
   capacity: int | None = None,
-  implementation: Literal["reference", "xla", "pallas_tpu"] | None = None,
+  implementation: Implementation | None = None,
 ) -> SparseMlp:
   """(sparse_gate(silu(x w_gate)) * (x w_up^T)) w_down, rows skipped if few.
 

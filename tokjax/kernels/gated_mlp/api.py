@@ -3,15 +3,16 @@
 import functools
 import importlib
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from tokjax import checks, compat
+from tokjax.kernels import hopper
 from tokjax.kernels.gated_mlp import reference, sharding, xla
 from tokjax.ops import packing
-from tokjax.typing import Array, Float, Int32
+from tokjax.typing import Array, Float, Implementation, Int32
 
 __all__ = ["GatedRows", "gated_rows"]
 
@@ -40,7 +41,7 @@ def gated_rows(
   w_down: Float[Array, "F D"],
   *,
   capacity: int | None = None,
-  implementation: Literal["reference", "xla", "pallas_tpu"] | None = None,
+  implementation: Implementation | None = None,
 ) -> GatedRows:
   """sum_f gate[f] <x, w_up[f]> w_down[f] over the units whose gate is not zero.
 
@@ -64,11 +65,13 @@ def gated_rows(
     capacity: most units that are taken, static, at most F; None for all. With
       more active units those of the highest |gate| of any token stay, of equal
       ones the first. It bounds the rows read, and its sort of F values.
-    implementation: "reference" multiplies with all rows, "xla" reads active
-      ones alone, "pallas_tpu" in bfloat16 aligned pairs of which one is active.
-      A named one runs or raises. None chooses when the program is lowered: for
-      up to 8 tokens "xla" on CPU, where it was measured, and the kernel on TPU
-      where it takes the arguments; "reference" otherwise.
+    implementation: "reference" multiplies with all rows, "xla" and "pallas_gpu"
+      read active ones alone, "pallas_tpu" in bfloat16 aligned pairs of which
+      one is active. A named one runs or raises. None chooses when the program
+      is lowered: for up to 8 tokens "xla" on CPU, where it was measured, and
+      where they take the arguments the kernel on TPU, and that for GPU if the
+      mesh of `jax.set_mesh` says that its devices are Hopper GPUs; "reference"
+      otherwise.
 
   Returns:
     The output and two counts over all tokens of the call. Sums are float32.
@@ -145,14 +148,18 @@ def _dispatch(arrays, implementation):
   """Runs the implementation named, or that of the platform."""
   x, _, w_up = arrays[:3]
   if implementation is not None:
-    if implementation == "pallas_tpu":
-      reason = _kernel_module().unsupported(x, w_up)
+    if implementation.startswith("pallas"):
+      reason = _module(implementation).unsupported(x, w_up)
       if reason is not None:
         raise NotImplementedError(f"{implementation}: {reason}")
     return _BRANCHES[implementation](*arrays)
   branches = {"cpu": _rows, "default": _dense}
-  if _kernel_module().unsupported(x, w_up) is None:
-    branches["tpu"] = _kernel
+  kernels = {"tpu": "pallas_tpu"}
+  if hopper.on_hopper():
+    kernels["cuda"] = "pallas_gpu"
+  for platform, name in kernels.items():
+    if _module(name).unsupported(x, w_up) is None:
+      branches[platform] = _BRANCHES[name]
   return jax.lax.platform_dependent(*arrays, **branches)
 
 
@@ -161,24 +168,35 @@ def _dense(x, gate, w_up, w_down, index, count):
   return reference.gated_rows_forward(x, gate, w_up, w_down)
 
 
-def _rows(x, gate, *rest):
-  tokens, gates = (y.reshape(-1, y.shape[-1]) for y in (x, gate))
-  return xla.gated_rows_forward(tokens, gates, *rest).reshape(x.shape)
+def _rows(*arrays):
+  return _over_tokens(xla, *arrays)
 
 
-def _kernel(x, gate, w_up, w_down, index, count):
+def _tpu(x, gate, w_up, w_down, index, count):
   del index, count  # it counts in groups of units, which the gates name
+  return _over_tokens(_module("pallas_tpu"), x, gate, w_up, w_down)
+
+
+def _gpu(*arrays):
+  return _over_tokens(_module("pallas_gpu"), *arrays)
+
+
+_BRANCHES = {
+  "reference": _dense,
+  "xla": _rows,
+  "pallas_tpu": _tpu,
+  "pallas_gpu": _gpu,
+}
+
+
+def _over_tokens(module, x, gate, *rest):
   tokens, gates = (y.reshape(-1, y.shape[-1]) for y in (x, gate))
-  found = _kernel_module().gated_rows_forward(tokens, gates, w_up, w_down)
-  return found.reshape(x.shape)
+  return module.gated_rows_forward(tokens, gates, *rest).reshape(x.shape)
 
 
-_BRANCHES = {"reference": _dense, "xla": _rows, "pallas_tpu": _kernel}
-
-
-def _kernel_module():
+def _module(name: str):
   """Imported here: only its users import Pallas."""
-  return importlib.import_module("tokjax.kernels.gated_mlp.pallas_tpu")
+  return importlib.import_module(f"tokjax.kernels.gated_mlp.{name}")
 
 
 def _check(x, gate, w_up, w_down, capacity, implementation):
