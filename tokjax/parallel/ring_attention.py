@@ -12,6 +12,7 @@ queries. `tokjax.parallel.token_ring` lets the queries travel instead, and
 """
 
 import functools
+import importlib
 from typing import Literal, NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ def ring_attention(
   rotate: Literal["kv", "both"] = "kv",
   segment_ids: Int[Array, "B n"] | None = None,
   query_chunk: int = 512,
+  implementation: Literal["xla", "pallas_tpu"] | None = None,
 ) -> Float[Array, "B H n e"]:
   """Attention over the rows of all devices; for `jax.shard_map`.
 
@@ -76,6 +78,12 @@ def ring_attention(
       read, whatever they hold, and give zeros. Pad to a length that divides.
     query_chunk: queries of a block whose logits are in memory together, a
       choice of ours.
+    implementation: of the forward pass. "xla" leaves it to the compiler which
+      transfers run beside which block. "pallas_tpu" is one kernel that sends
+      keys on while it reads them, see
+      `tokjax.kernels.ring_attention.pallas_tpu`; it takes no segments and
+      ignores `query_chunk`, which the backward pass, the same for both, heeds.
+      None is "xla", everywhere: the kernel was never run on a chip.
 
   Returns:
     In the dtype of `values`. Gradients flow to queries, keys and values.
@@ -83,6 +91,7 @@ def ring_attention(
   Raises:
     ValueError: if sizes disagree, K does not divide H, or the chunks do not
       divide the rows: 2 for zigzag under `causal`, twice as many for "both".
+    NotImplementedError: if the kernel was asked for and cannot take these.
 
   Example:
     >>> one = jax.sharding.AxisType.Auto,
@@ -107,6 +116,7 @@ def ring_attention(
   """
   checks.one_of(("zigzag", "contiguous"), layout=layout)
   checks.one_of(("kv", "both"), rotate=rotate)
+  checks.one_of((None, "xla", "pallas_tpu"), implementation=implementation)
   checks.in_range(1, float("inf"), query_chunk=query_chunk)
   pattern = meetings.Pattern(causal, layout, query_chunk)
   num_parts = (2 if rotate == "both" else 1) * pattern.num_chunks
@@ -114,7 +124,14 @@ def ring_attention(
   asking, read = blocks.prepare(
     queries, keys, values, segment_ids, axis_name=axis_name
   )
-  ring = _Ring(axis_name, (1, -1) if rotate == "both" else (1,), pattern)
+  hops = (1, -1) if rotate == "both" else (1,)
+  ring = _Ring(axis_name, hops, pattern, implementation == "pallas_tpu")
+  if ring.in_kernel:
+    reason = _kernel_module().unsupported(
+      asking.rows, *read, causal=causal, layout=layout, rotate=rotate
+    )
+    if reason is not None:
+      raise NotImplementedError(f"{implementation}: {reason}")
   out = _attend(ring, asking, read)
   return blocks.blank_padding(out, asking.segments)
 
@@ -126,11 +143,13 @@ class _Ring(NamedTuple):
     axis_name: of the devices.
     hops: the way of each part of the keys; 1 is to the next device.
     pattern: which keys are read.
+    in_kernel: whether the forward pass is one kernel.
   """
 
   axis_name: str
   hops: tuple[int, ...]
   pattern: meetings.Pattern
+  in_kernel: bool
 
   def send(self, parts):
     """Each part to the next device on its way."""
@@ -202,6 +221,30 @@ def _attend(ring, queries, keys):
 
 
 def _forward(ring, queries, keys):
+  read = _read_in_kernel if ring.in_kernel else _read_in_steps
+  state = read(ring, queries, keys)
+  out = state.out.astype(keys.values.dtype)
+  return out, (queries, keys, out, state.lse)
+
+
+def _read_in_kernel(ring, queries, keys):
+  return _kernel_module().ring_attention_forward(
+    queries.rows,
+    keys.keys,
+    keys.values,
+    axis_name=ring.axis_name,
+    causal=ring.pattern.causal,
+    layout=ring.pattern.layout,
+    rotate="both" if len(ring.hops) > 1 else "kv",
+  )
+
+
+def _kernel_module():
+  """Imported here: only its users import Pallas."""
+  return importlib.import_module("tokjax.kernels.ring_attention.pallas_tpu")
+
+
+def _read_in_steps(ring, queries, keys):
   def visit(state, parts, step):
     for part, later in ring.visits(parts, step):
       more = meetings.read(queries, part, later, ring.pattern)
@@ -209,9 +252,7 @@ def _forward(ring, queries, keys):
     return state
 
   state = meetings.read_own(queries, keys, ring.pattern)
-  state = ring.steps(visit, state, ring.cut(keys))
-  out = state.out.astype(keys.values.dtype)
-  return out, (queries, keys, out, state.lse)
+  return ring.steps(visit, state, ring.cut(keys))
 
 
 def _backward(ring, kept, d_out):
