@@ -1,13 +1,19 @@
 """A layer of experts compiled for devices, here by the compiler for CPU."""
 
 import dataclasses
+import math
 
 import jax
 import pytest
+from flax import nnx
 
 from tokjax.cli import compile as command
 from tokjax.cli import compile_moe
-from tokjax.models.moe_transformer import CONFIGS, MoeTransformerConfig
+from tokjax.models.moe_transformer import (
+  CONFIGS,
+  MoeTransformer,
+  MoeTransformerConfig,
+)
 from tokjax.parallel.moe_weights import MoeConfig
 
 TINY = MoeTransformerConfig(
@@ -15,7 +21,7 @@ TINY = MoeTransformerConfig(
 )
 
 
-def test_both_layouts():
+def test_all_layouts():
   devices = jax.devices("cpu")[:8]
   found = {
     row["program"]: row
@@ -24,33 +30,39 @@ def test_both_layouts():
     )
   }
   assert list(found) == list(compile_moe.LAYOUTS)
-  folded, unfolded = found.values()
-  assert folded["state"] == unfolded["state"] == "compiled"
-  # One expert of 3 x 8 x 4 or two halves: as many weights on a device.
+  folded, unfolded, stages = found.values()
+  assert {row["state"] for row in found.values()} == {"compiled"}
+  # One expert of 3 x 8 x 4 or two halves: as many weights on a device. Stages
+  # have one more expert of two bytes, and three more micro-batches.
   assert folded["argument_bytes"] == unfolded["argument_bytes"]
+  more = 2 * 3 * 8 * 4 + 3 * 2 * 16 // 2 * 8
+  assert stages["argument_bytes"] == folded["argument_bytes"] + more
   # 8 tokens, 2 experts each, to them and back, in both passes; 2 bytes.
   once = 2 * 2 * (8 * 2 * 8 * 2)
   assert folded["sent_bytes"] == once * 7 / 8
   assert unfolded["sent_bytes"] == once * 3 / 4 + once
+  assert stages["sent_bytes"] == 5 * once * 3 / 4
+  # A tick of each pass.
+  assert stages["collectives"]["collective-permute"] == 2
+  assert "collective-permute" not in folded["collectives"]
   # Seen by the compiler: parts of experts are gathered and summed up again.
   assert folded["collectives"]["all-to-all"] >= 4
   assert folded["bound_ms"]["links"] < unfolded["bound_ms"]["links"]
   assert folded["bound_ms"]["arithmetic"] == unfolded["bound_ms"]["arithmetic"]
+  of_ticks = 5 * folded["bound_ms"]["arithmetic"]
+  assert stages["bound_ms"]["arithmetic"] == pytest.approx(of_ticks)
 
 
-def test_published_shapes_have_their_parameters():
-  billions = {"mixtral-8x7b": 46.7, "mixtral-8x22b": 140.6}
-  for name, want in billions.items():
-    config = CONFIGS[name]
-    head = config.width // config.num_heads
-    attention = 2 * config.width * (
-      config.width + config.num_key_heads * head
-    )  # fmt: skip
-    experts = 3 * config.moe.num_experts * config.width * config.hidden
-    router = config.width * config.moe.num_experts
-    tables = 2 * config.vocab_size * config.width
-    total = config.num_layers * (attention + experts + router) + tables
-    assert round(total / 1e9, 1) == want
+@pytest.mark.parametrize(
+  ("name", "billions"),
+  [("mixtral-8x7b", 46.7), ("mixtral-8x22b", 140.6), ("qwen2-57b-a14b", 57.4)],
+)
+def test_published_shapes_have_their_parameters(name, billions):
+  model = jax.eval_shape(
+    lambda: MoeTransformer(CONFIGS[name], rngs=nnx.Rngs(0))
+  )
+  total = sum(math.prod(x.shape) for x in jax.tree.leaves(model))
+  assert round(total / 1e9, 1) == billions
 
 
 def test_errors(capsys):

@@ -127,8 +127,15 @@ def test_errors_name_the_argument():
   with pytest.raises(ValueError, match="num_heads must be a multiple of 3"):
     config = MoeTransformerConfig(width=16, num_heads=4, num_key_heads=3)
     jax.eval_shape(lambda: MoeTransformer(config, rngs=nnx.Rngs(0)))
-  with pytest.raises(ValueError, match="batch must be a multiple of 2, got 3"):
-    folded = folded_mesh(*FOLDED)
-    jax.eval_shape(
-      lambda m, i: m(i, folded=folded), new_model(), jnp.zeros((3, 8), int)
+  stages, more = (dict(pp=2, dp=2, tp=2), dict(ep=4)), (dict(pp=4), {})
+  for sizes, num_micro, batch, match in (
+    (FOLDED, 1, 3, "batch must be a multiple of 2, got 3"),
+    (stages, 4, 12, "batch must be a multiple of 8, got 12"),
+    (more, 2, 8, "num_layers must be a multiple of 4, got 2"),
+    (ONE, 0, 8, "num_micro must lie in 1..inf, got 0"),
+  ):
+    run = functools.partial(
+      MoeTransformer.__call__, folded=folded_mesh(*sizes), num_micro=num_micro
     )
+    with pytest.raises(ValueError, match=match):
+      jax.eval_shape(run, new_model(), jnp.zeros((batch, 8), int))

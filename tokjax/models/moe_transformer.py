@@ -9,11 +9,14 @@ sequence over cp and cuts heads over tp, experts are spread as
 `tokjax.parallel.moe_folding` says. On one device it is the same program, on a
 mesh of one: `make_folded_mesh({}, {}, devices=jax.devices()[:1])`.
 
-Source: Jiang et al. (2024), "Mixtral of Experts", whose blocks these are:
-RMS norm, rotary positions, grouped queries, gated experts.
+With pipeline stages, pp > 1, devices hold other layers, and a batch goes
+through them in micro-batches: `tokjax.parallel.pipeline`.
+
+Blocks and their source: `tokjax.models.moe_block`.
 """
 
-import dataclasses
+import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,12 +24,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokjax import checks
-from tokjax.ops import attention, attention_masks, rope
-from tokjax.ops.moe_experts import Experts
-from tokjax.parallel import moe_folding, moe_weights
+from tokjax.models import moe_block
+from tokjax.models.moe_block import MoeBlock, MoeTransformerConfig
+from tokjax.parallel import pipeline
 from tokjax.parallel.moe_folding import MoeLosses
 from tokjax.parallel.moe_mesh import FoldedMesh
-from tokjax.parallel.moe_weights import MoeConfig, MoeWeights
+from tokjax.parallel.moe_weights import MoeConfig
 from tokjax.parallel.rules import Rules
 from tokjax.typing import Array, Bool, Float, Int, Int32
 
@@ -43,26 +46,7 @@ __all__ = [
 _BALANCES = ("group", "sequence", "everywhere")
 
 
-@dataclasses.dataclass(unsafe_hash=True)
-class MoeTransformerConfig:
-  """Shape of the model; defaults are those of Mixtral 8x7B."""
-
-  vocab_size: int = 32000  # V
-  width: int = 4096  # D
-  num_layers: int = 32
-  num_heads: int = 32  # H
-  num_key_heads: int = 8  # divides H
-  hidden: int = 14336  # of an expert
-  rope_base: float = 1e6
-  norm_epsilon: float = 1e-5
-  init_scale: float = 0.02
-  balance_over: str = "group"  # which of `MoeLosses`
-  balance_scale: float = 1e-2  # of that loss; published 1e-4 to 1e-2
-  z_scale: float = 1e-3  # of the z loss
-  moe: MoeConfig = dataclasses.field(default_factory=lambda: MoeConfig(8, 2))
-
-
-# Published shapes by name. Qwen2 also has a shared expert, which is left out.
+# Published shapes by name.
 CONFIGS: dict[str, MoeTransformerConfig] = {
   "mixtral-8x7b": MoeTransformerConfig(),
   "mixtral-8x22b": MoeTransformerConfig(
@@ -82,6 +66,9 @@ CONFIGS: dict[str, MoeTransformerConfig] = {
     hidden=2560,
     norm_epsilon=1e-6,
     moe=MoeConfig(64, 8, score="pre_softmax", capacity_factor=1.0),
+    qkv_bias=True,
+    shared_hidden=20480,
+    shared_gate=True,
   ),
 }
 
@@ -102,79 +89,6 @@ class Predicted(NamedTuple):
   counts: Int32[Array, "L E"]
   dropped: Int32[Array, ""]
   overflow: Int32[Array, ""]
-
-
-class MoeBlock(nnx.Module):
-  """x + attention(norm(x)), then x + experts(norm(x))."""
-
-  def __init__(self, config: MoeTransformerConfig, *, rngs: nnx.Rngs):
-    self.config = config
-    head = config.width // config.num_heads
-    self.norm_attention = _norm(config, rngs)
-    self.queries = _linear(config, config.width, config.width, rngs)
-    self.keys = _linear(config, config.width, config.num_key_heads * head, rngs)
-    self.values = _linear(
-      config, config.width, config.num_key_heads * head, rngs
-    )
-    self.out = _linear(config, config.width, config.width, rngs)
-    self.norm_experts = _norm(config, rngs)
-    weights = moe_weights.init_moe(
-      rngs.params(), config.moe, width=config.width, hidden=config.hidden
-    )
-    self.router = nnx.Param(weights.router)
-    self.up = nnx.Param(weights.experts.up)
-    self.down = nnx.Param(weights.experts.down)
-    self.gate = nnx.Param(weights.experts.gate)
-
-  def __call__(
-    self,
-    x: Float[Array, "B S D"],
-    mask: Bool[Array, "B S"],
-    bias: Float[Array, " E"] | None = None,
-    *,
-    folded: FoldedMesh,
-  ) -> tuple[Float[Array, "B S D"], moe_folding.MoeOutput]:
-    """The stream after the block, and what the experts added to it.
-
-    Args:
-      x: the stream.
-      mask: True where a token is real.
-      bias: of the router.
-      folded: the mesh.
-    """
-    x = x + self._attention(self.norm_attention(x).astype(x.dtype), folded)
-    experts = Experts(self.up[...], self.down[...], self.gate[...])
-    found = moe_folding.moe_layer(
-      self.norm_experts(x).astype(x.dtype),
-      MoeWeights(self.router[...], experts, bias),
-      mask,
-      config=self.config.moe,
-      folded=folded,
-    )
-    return x + found.output, found
-
-  def _attention(self, x, folded):
-    """Causal; padding comes last, where no real token reads it."""
-    batch, length, width = x.shape
-    head = width // self.config.num_heads
-
-    def heads(linear, sequence):  # [B, heads, S, d]
-      y = linear(x).reshape(batch, length, -1, head).swapaxes(1, 2)
-      divides = y.shape[1] % folded.size(folded.tp) == 0
-      among = folded.tp if divides else ()
-      return _laid(y, folded, folded.dp, among, sequence)
-
-    queries = heads(self.queries, folded.cp)
-    keys, values = heads(self.keys, ()), heads(self.values, ())
-    base = self.config.rope_base
-    read = attention.attend(
-      rope.rotate(queries, base=base),
-      rope.rotate(keys, base=base),
-      values,
-      jnp.asarray(attention_masks.causal(length)),
-    )
-    read = self.out(read.swapaxes(1, 2).reshape(x.shape))
-    return _laid(read, folded, folded.dp, folded.sequence)
 
 
 class MoeTransformer(nnx.Module):
@@ -211,8 +125,8 @@ class MoeTransformer(nnx.Module):
     self.blocks = jax.vmap(lambda key: MoeBlock(config, rngs=nnx.Rngs(key)))(
       keys
     )
-    self.norm = _norm(config, rngs)
-    self.head = _linear(config, config.width, config.vocab_size, rngs)
+    self.norm = moe_block.rms_norm(config, rngs)
+    self.head = moe_block.linear(config, config.width, config.vocab_size, rngs)
 
   def __call__(
     self,
@@ -221,36 +135,64 @@ class MoeTransformer(nnx.Module):
     bias: Float[Array, "L E"] | None = None,
     *,
     folded: FoldedMesh,
+    num_micro: int = 1,
   ) -> Predicted:
     """Predicts each next token.
+
+    Every micro-batch is routed by itself: its balance losses are over its own
+    tokens, and so are capacities of devices.
 
     Args:
       ids: of tokens.
       mask: True where a token is real, at the start of each row; None for all.
       bias: of the routers; see `tokjax.ops.moe_losses.balancing_bias`.
       folded: the mesh of the run.
+      num_micro: micro-batches, which follow each other through the stages of
+        the mesh; legal without stages.
 
     Returns:
-      Logits, and what the experts tell.
+      Logits, and what the experts tell: losses are means over micro-batches,
+      counts are sums.
+
+    Raises:
+      ValueError: if sizes do not divide.
     """
+    checks.in_range(1, math.inf, num_micro=num_micro)
+    checks.divisible(num_micro * folded.size(folded.dp), batch=ids.shape[0])
+    stages = folded.size(folded.pp)
+    checks.divisible(stages, num_layers=self.config.num_layers)
     if mask is None:
       mask = jnp.ones_like(ids, dtype=bool)
-    x = _laid(self.table[...][ids], folded, folded.dp, folded.sequence)
-
-    def step(x, layer):
-      block, bias = layer
-      x, found = block(x, mask, bias, folded=folded)
-      return x, found._replace(output=None)
-
-    x, found = jax.lax.scan(step, x, (self.blocks, bias))
+    x = self.table[...][ids]
+    x = moe_block.lay(x, folded, folded.dp, folded.sequence)
+    cut = functools.partial(pipeline.cut_batch, num_micro=num_micro)
+    x, found = pipeline.pipeline(
+      _stage, (self.blocks, bias), cut(x), cut(mask), folded=folded
+    )
+    x = pipeline.join_batch(x)
+    # Behind the last layer stages have other rows: none repeats the head.
+    rows = folded.dp + folded.pp
+    rows = folded.dp if x.shape[0] % folded.size(rows) else rows
+    x = moe_block.lay(x, folded, rows, folded.sequence)
     x = self.norm(x).astype(x.dtype)
     return Predicted(
       logits=self.head(x).astype(jnp.float32),
       losses=jax.tree.map(jnp.mean, found.losses),
-      counts=found.counts,
+      counts=jnp.sum(found.counts, axis=0),
       dropped=jnp.sum(found.dropped),
       overflow=jnp.sum(found.overflow),
     )
+
+
+def _stage(layers, x, mask, folded):
+  """Some layers of the model, for `pipeline.pipeline`."""
+
+  def step(x, layer):
+    block, bias = layer
+    x, found = block(x, mask, bias, folded=folded)
+    return x, found._replace(output=None)
+
+  return jax.lax.scan(step, x, layers)
 
 
 def next_token_loss(
@@ -260,6 +202,7 @@ def next_token_loss(
   bias: Float[Array, "L E"] | None = None,
   *,
   folded: FoldedMesh,
+  num_micro: int = 1,
 ) -> tuple[Float[Array, ""], Predicted]:
   """Mean of -log p(next token), with the losses of the routers.
 
@@ -269,6 +212,8 @@ def next_token_loss(
     mask: True where a token is real; None for all.
     bias: of the routers.
     folded: the mesh of the run.
+    num_micro: as of the model. The first term does not depend on it, but for
+      tokens that are dropped.
 
   Returns:
     The loss, float32, and what the model told.
@@ -285,7 +230,7 @@ def next_token_loss(
     ((2, 4, 8, 6), [6, 6])
   """
   mask = jnp.ones_like(ids, dtype=bool) if mask is None else mask
-  found = model(ids, mask, bias, folded=folded)
+  found = model(ids, mask, bias, folded=folded, num_micro=num_micro)
   log_p = jax.nn.log_softmax(found.logits[:, :-1])
   chosen = jnp.take_along_axis(log_p, ids[:, 1:, None], axis=-1)[..., 0]
   real = mask[:, 1:]
@@ -297,7 +242,8 @@ def next_token_loss(
 
 
 def placement(folded: FoldedMesh) -> Rules:
-  """Where weights live: heads over tp, experts over ep and etp, the rest whole.
+  """Where weights live: layers over pp, heads and shared experts over tp,
+  experts over ep and etp, the rest whole.
 
   Args:
     folded: the mesh of the run.
@@ -309,34 +255,17 @@ def placement(folded: FoldedMesh) -> Rules:
     >>> from tokjax.parallel.moe_mesh import make_folded_mesh
     >>> folded = make_folded_mesh({}, {}, devices=jax.devices()[:1])
     >>> placement(folded)[0]
-    ('blocks/(queries|keys|values)/kernel$', (None, None, ('tp',)))
+    ('blocks/(queries|keys|values)/kernel$', (('pp',), None, ('tp',)))
   """
+  pp, tp = folded.pp, folded.tp
   return (
-    (r"blocks/(queries|keys|values)/kernel$", (None, None, folded.tp)),
-    (r"blocks/out/kernel$", (None, folded.tp)),
-    (r"blocks/(up|gate)$", (None, folded.ep, None, folded.etp)),
-    (r"blocks/down$", (None, folded.ep, folded.etp)),
+    (r"blocks/(queries|keys|values)/kernel$", (pp, None, tp)),
+    (r"blocks/(queries|keys|values)/bias$", (pp, tp)),
+    (r"blocks/out/kernel$", (pp, tp)),
+    (r"blocks/(up|gate)$", (pp, folded.ep, None, folded.etp)),
+    (r"blocks/down$", (pp, folded.ep, folded.etp)),
+    (r"blocks/shared/(up|gate)/kernel$", (pp, None, tp)),
+    (r"blocks/shared/down/kernel$", (pp, tp)),
+    (r"blocks/", (pp,)),
     (r"", ()),
-  )
-
-
-def _laid(x, folded, *axes):
-  """The same array, cut so."""
-  sharding = jax.sharding.NamedSharding(folded.mesh, jax.P(*axes))
-  return jax.lax.with_sharding_constraint(x, sharding)
-
-
-def _linear(config, inputs, outputs, rngs):
-  return nnx.Linear(
-    inputs,
-    outputs,
-    use_bias=False,
-    kernel_init=nnx.initializers.normal(config.init_scale),
-    rngs=rngs,
-  )
-
-
-def _norm(config, rngs):
-  return nnx.RMSNorm(
-    config.width, epsilon=config.norm_epsilon, dtype=jnp.float32, rngs=rngs
   )

@@ -19,6 +19,7 @@ Mixtures of experts, laid out in another way than the attention around them:
 - `tokjax.parallel.moe_folding`: the layer; `moe_weights`: its settings and
   weights; `moe_exchange`: how rows travel.
 - `tokjax.parallel.moe_costs`: what that sends, and how long it takes.
+- `tokjax.parallel.pipeline`: layers in stages, a batch in micro-batches.
 """
 
 from tokjax.parallel.topologies import (
