@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokjax.ops import moe_dispatch, moe_experts, moe_losses, moe_routing
-from tokjax.parallel import moe_folding, moe_mesh, moe_weights
+from tokjax.parallel import moe_folding, moe_mesh, moe_weights, processes
 
 __all__ = [
   "Found",
@@ -144,8 +144,8 @@ def spread(x, mask, weights, d_out, config, folded):
     return total, (found.output, losses, found.dropped, found.overflow)
 
   gradient = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
-  gradients, found = jax.device_get(gradient(x, weights, mask, d_out))
-  *found, overflow = found
+  told = processes.whole(gradient(x, weights, mask, d_out))
+  gradients, (*found, overflow) = jax.device_get(told)
   return Found(*found, gradients), int(overflow)
 
 
