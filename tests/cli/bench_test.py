@@ -8,10 +8,9 @@ from tokjax.cli import bench
 def test_subjects_are_the_hot_paths():
   found = bench.subjects()
   assert set(found) == {
-    "attention", "encode", "greedy_select", "losses", "maxsim", "muvera",
-    "nearest_code",
-    "quantizers", "reduction", "reduction_accuracy", "search", "selection",
-    "trained_retrieval", "vector_codes",
+    "attention", "encode", "gated_mlp", "greedy_select", "losses", "maxsim",
+    "muvera", "nearest_code", "quantizers", "reduction", "reduction_accuracy",
+    "search", "selection", "trained_retrieval", "vector_codes",
   }  # fmt: skip
   assert all(len(text) > 10 for text in found.values())
 
