@@ -33,3 +33,4 @@ def test_rows_tell_the_units_that_are_read():
   assert quarter["gb_per_s"] * quarter["median_s"] == pytest.approx(
     1.5 * 4 * 16 * 40 / 1e9
   )
+  assert found["dense"]["of_dense"] == pytest.approx(1)

@@ -58,8 +58,9 @@ def rule_attention(
       what else differs from call to call is a field of the tokens.
     readers: what the queries are, [N] or [B, N].
     read: what the keys are, likewise; None: the same tokens.
-    block_size: queries, and keys, of a tile of "xla", 256 for None; kernels
-      have tiles of their own.
+    block_size: queries, and keys, of a tile of "xla", at most; 512 for None, of
+      128 to 1,024 the best for long sequences on CPU. Kernels have tiles of
+      their own.
     implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu" runs that
       one or raises. None chooses when the program is lowered: the TPU kernel
       on TPU, the GPU kernel where the mesh of `jax.set_mesh` says that its
@@ -100,7 +101,7 @@ def rule_attention(
   checks.same_size(rows_of_k=k.shape[2], rows_of_v=v.shape[2])
   checks.same_size(rows_of_q=q.shape[2], readers=readers.position.shape[-1])
   checks.same_size(rows_of_k=k.shape[2], read=read.position.shape[-1])
-  size = 256 if block_size is None else block_size
+  size = 512 if block_size is None else block_size
   checks.in_range(1, 1 << 20, block_size=size)
   plan = _Plan(rule, size, implementation)
 

@@ -36,10 +36,10 @@ def rule_attention_forward(
     rule: who may read whom.
     readers: what the queries are.
     read: what the keys are.
-    block_size: queries, and keys, of a tile.
+    block_size: queries, and keys, of a tile, at most.
   """
-  size = block_size
-  some, keys = _readable(rule, size, k, v, readers, read)
+  num_rows, num_keys = _sizes(block_size, q, k)
+  some, keys = _readable(rule, (num_rows, num_keys), k, v, readers, read)
 
   def rows(block):
     q, readers, some = block
@@ -63,8 +63,8 @@ def rule_attention_forward(
     start = AttentionState(out, nothing - jnp.inf), nothing - jnp.inf
     return jax.lax.scan(step, start, (some, jnp.arange(some.shape[0])))[0]
 
-  queries = attention.cut_rows(q, size), _token_blocks(readers, size), some
-  found = jax.lax.map(rows, queries)
+  asked = attention.cut_rows(q, num_rows), _token_blocks(readers, num_rows)
+  found = jax.lax.map(rows, (*asked, some))
   state, highest = attention.join_rows(found, q.shape[2])
   return *state, highest
 
@@ -96,10 +96,10 @@ def rule_attention_backward(
     lse: see `RuleAttention`.
     delta: see `attention.attend_cotangents`.
     d_out: cotangent of the result.
-    block_size: queries, and keys, of a tile.
+    block_size: queries, and keys, of a tile, at most.
   """
-  size = block_size
-  some, keys = _readable(rule, size, k, v, readers, read)
+  num_rows, num_keys = _sizes(block_size, q, k)
+  some, keys = _readable(rule, (num_rows, num_keys), k, v, readers, read)
 
   def rows(total, block):
     (q, d_out, lse, delta), readers, some = block
@@ -123,10 +123,10 @@ def rule_attention_backward(
     )
     return total, d_q
 
-  asked = attention.cut_rows((q, d_out, lse, delta), size)
+  asked = attention.cut_rows((q, d_out, lse, delta), num_rows)
   start = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), keys[0])
   total, d_q = jax.lax.scan(
-    rows, start, (asked, _token_blocks(readers, size), some)
+    rows, start, (asked, _token_blocks(readers, num_rows), some)
   )
   d_k, d_v = attention.join_rows(total, k.shape[2])
   return (
@@ -136,9 +136,15 @@ def rule_attention_backward(
   )
 
 
-def _readable(rule, size, k, v, readers, read):
+def _sizes(block_size, q, k):
+  """Queries and keys of a tile, no more than there are."""
+  return tuple(min(block_size, max(1, x.shape[2])) for x in (q, k))
+
+
+def _readable(rule, sizes, k, v, readers, read):
   """Whether anything of a pair of blocks may be read, and blocks of keys."""
-  some = mask_rules.block_kinds(rule, readers, read, block_size=size) > 0
+  _, size = sizes
+  some = mask_rules.block_kinds(rule, readers, read, block_size=sizes) > 0
   some = jnp.any(some, axis=0) if some.ndim == 3 else some
   number = k.shape[2]
   real = jnp.arange(number + -number % size) < number
