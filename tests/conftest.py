@@ -1,5 +1,6 @@
 """Settings every test runs under; they must come before jax starts."""
 
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -19,6 +20,8 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
+from tokjax.parallel import topologies  # noqa: E402
+
 CONTRACTS = pathlib.Path(__file__).parent / "contracts"
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
@@ -31,6 +34,31 @@ def shared_data() -> pathlib.Path:
       pytest.fail(f"real data sets must be at {SHARED_DATA} in CI")
     pytest.skip(f"real data sets are not at {SHARED_DATA}")
   return SHARED_DATA
+
+
+@pytest.fixture(scope="module", params=["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
+def tpus(request):
+  """Four or eight chips that are not there, for tests marked `compile_tpu`."""
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip('libtpu is not installed: pip install -e ".[aot]"')
+  # Read when the compiler starts, which is at its first use.
+  os.environ.update(topologies.environment("tpu"))
+  # A program found in the cache would be compiled by nobody.
+  jax.config.update("jax_enable_compilation_cache", False)
+  return topologies.tpu_topology(request.param)
+
+
+@pytest.fixture(scope="module")
+def h100s():
+  """Four GPUs that are not there, for tests marked `compile_gpu`.
+
+  Their assembler prints what it says of registers and spills.
+  """
+  os.environ.update(topologies.environment("cuda"))
+  os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
+  os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+  jax.config.update("jax_enable_compilation_cache", False)
+  return topologies.h100_topology(4)
 
 
 _modules = itertools.count(1)

@@ -6,7 +6,6 @@ Runs in a process of its own, with the `aot` extra installed:
 """
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +14,8 @@ import pytest
 
 from tokjax.kernels.column_attention import column_attention, pallas_gpu
 from tokjax.kernels.column_attention.shapes import SHAPES
-from tokjax.parallel import topologies
 
 pytestmark = pytest.mark.compile_gpu
-
-
-@pytest.fixture(scope="module")
-def devices():
-  # Read when the compiler starts, which is at its first use.
-  os.environ.update(topologies.environment("cuda"))
-  os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
-  os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-  # A program found in the cache would be compiled by nobody.
-  jax.config.update("jax_enable_compilation_cache", False)
-  return topologies.h100_topology()
 
 
 def inputs(shape, place, batch=1):
@@ -62,8 +49,8 @@ def check_assembly(text):
     if not masked or shape.num_tokens % 128 == 0
   ],
 )
-def test_compiles(name, masked, causal, devices, capfd):
-  alone = jax.sharding.SingleDeviceSharding(devices[0])
+def test_compiles(name, masked, causal, h100s, capfd):
+  alone = jax.sharding.SingleDeviceSharding(h100s[0])
   q, k, mask = inputs(SHAPES[name], alone)
   assert pallas_gpu.unsupported(q, k) is None
   attention = functools.partial(
@@ -76,9 +63,9 @@ def test_compiles(name, masked, causal, devices, capfd):
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_compiles_inside_shard_map(kind, devices):
+def test_compiles_inside_shard_map(kind, h100s):
   kinds = (getattr(jax.sharding.AxisType, kind),)
-  mesh = jax.sharding.Mesh(np.array(devices), ("data",), axis_types=kinds)
+  mesh = jax.sharding.Mesh(np.array(h100s), ("data",), axis_types=kinds)
   place = jax.NamedSharding(mesh, jax.P("data"))
   mapped = jax.shard_map(
     functools.partial(column_attention, implementation="pallas_gpu"),
@@ -86,7 +73,7 @@ def test_compiles_inside_shard_map(kind, devices):
     in_specs=jax.P("data"),
     out_specs=jax.P("data"),
   )
-  given = inputs(SHAPES["image"], place, batch=len(devices))
+  given = inputs(SHAPES["image"], place, batch=len(h100s))
   text = jax.jit(mapped).lower(*given).compile().as_text()
   assert "column_attention_rows" in text
   assert "column_attention_columns" in text

@@ -6,7 +6,6 @@ Runs in a process of its own, with the `aot` extra installed:
 """
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +19,6 @@ from tokjax.parallel import topologies
 pytestmark = pytest.mark.compile_gpu
 
 named = functools.partial(gated_rows, implementation="pallas_gpu")
-
-
-@pytest.fixture(scope="module")
-def devices():
-  # Read when the compiler starts, which is at its first use.
-  os.environ.update(topologies.environment("cuda"))
-  os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
-  os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-  jax.config.update("jax_enable_compilation_cache", False)
-  return topologies.h100_topology(2)
 
 
 def arrays(batch, dim, num_units, dtype):
@@ -59,9 +48,9 @@ def check_assembly(text):
     pytest.param("llama_7b", 3, marks=pytest.mark.slow),
   ],
 )
-def test_public_function_compiles(name, num_tokens, devices, capfd):
+def test_public_function_compiles(name, num_tokens, h100s, capfd):
   given = real(name, num_tokens)
-  report = topologies.compile_for(named, given, devices=devices[:1])
+  report = topologies.compile_for(named, given, devices=h100s[:1])
   assert "mosaic_gpu" in report.text
   text = "".join(capfd.readouterr())
   check_assembly(text)
@@ -76,7 +65,7 @@ def test_public_function_compiles(name, num_tokens, devices, capfd):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 2, 4, 8])
 @pytest.mark.parametrize("dim", [128, 896, 1536, 4096, 5120, 8064, 8192])
-def test_kernel_compiles(dim, num_tokens, dtype, devices, capfd):
+def test_kernel_compiles(dim, num_tokens, dtype, h100s, capfd):
   x, gate, *weights = arrays((num_tokens,), dim, 1001, dtype)
   if pallas_gpu.unsupported(x, weights[0]) is not None:
     pytest.skip("too many tokens for the width")
@@ -85,15 +74,15 @@ def test_kernel_compiles(dim, num_tokens, dtype, devices, capfd):
   topologies.compile_for(
     pallas_gpu.gated_rows_forward,
     (x, gate, *weights, index, count),
-    devices=devices[:1],
+    devices=h100s[:1],
   )
   check_assembly("".join(capfd.readouterr()))
 
 
-def test_a_mesh_of_hopper_gpus_chooses_it(devices):
+def test_a_mesh_of_hopper_gpus_chooses_it(h100s):
   """Tokens may be sharded: each device has up to eight."""
   mesh = jax.sharding.Mesh(
-    np.array(devices),
+    np.array(h100s[:2]),
     ("data",),
     axis_types=(jax.sharding.AxisType.Explicit,),
   )
@@ -106,17 +95,17 @@ def test_a_mesh_of_hopper_gpus_chooses_it(devices):
     )
   ]
   with jax.set_mesh(mesh):
-    report = topologies.compile_for(gated_rows, given, devices=devices)
+    report = topologies.compile_for(gated_rows, given, devices=h100s)
   assert "mosaic_gpu" in report.text
   # What GPU it is nobody said.
   given = arrays((1,), 256, 1000, jnp.bfloat16)
-  report = topologies.compile_for(gated_rows, given, devices=devices[:1])
+  report = topologies.compile_for(gated_rows, given, devices=h100s[:1])
   assert "mosaic_gpu" not in report.text
 
 
-def test_units_of_each_device_inside_shard_map(devices):
+def test_units_of_each_device_inside_shard_map(h100s):
   mesh = jax.sharding.Mesh(
-    np.array(devices), ("model",), axis_types=(jax.sharding.AxisType.Auto,)
+    np.array(h100s), ("model",), axis_types=(jax.sharding.AxisType.Auto,)
   )
 
   def local(*given):
@@ -133,17 +122,17 @@ def test_units_of_each_device_inside_shard_map(devices):
       arrays((1,), 256, 1000, jnp.bfloat16), specs, strict=True
     )
   ]
-  report = topologies.compile_for(mapped, given, devices=devices)
+  report = topologies.compile_for(mapped, given, devices=h100s)
   assert "mosaic_gpu" in report.text
 
 
 @pytest.mark.parametrize("axes", [(0, 0, None, None), 0], ids=str)
-def test_compiles_under_vmap(axes, devices):
+def test_compiles_under_vmap(axes, h100s):
   given = [
     jax.ShapeDtypeStruct((3, *y.shape), y.dtype) if i < 2 or axes == 0 else y
     for i, y in enumerate(arrays((1,), 256, 1000, jnp.bfloat16))
   ]
   report = topologies.compile_for(
-    jax.vmap(named, axes), given, devices=devices[:1]
+    jax.vmap(named, axes), given, devices=h100s[:1]
   )
   assert "mosaic_gpu" in report.text

@@ -5,9 +5,6 @@ Runs in a process of its own, with the `aot` extra installed:
     pytest -m compile_tpu tests/kernels/gated_mlp_compile_tpu_test.py
 """
 
-import importlib.util
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,20 +14,7 @@ from tokjax.kernels.gated_mlp import gated_rows
 from tokjax.kernels.gated_mlp.shapes import SHAPES
 from tokjax.parallel import topologies
 
-pytestmark = [
-  pytest.mark.compile_tpu,
-  pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason='libtpu is not installed: pip install -e ".[aot]"',
-  ),
-]
-
-
-@pytest.fixture(scope="module", params=["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
-def devices(request):
-  os.environ.update(topologies.environment("tpu"))
-  jax.config.update("jax_enable_compilation_cache", False)
-  return topologies.tpu_topology(request.param)
+pytestmark = pytest.mark.compile_tpu
 
 
 def arrays(shape, batch, dtype):
@@ -56,15 +40,15 @@ def check(report):
     pytest.param("mistral_7b", 4, jnp.bfloat16, marks=pytest.mark.slow),
   ],
 )
-def test_public_function_takes_the_kernel(name, num_tokens, dtype, devices):
+def test_public_function_takes_the_kernel(name, num_tokens, dtype, tpus):
   given = arrays(SHAPES[name], (num_tokens,), dtype)
-  check(topologies.compile_for(gated_rows, given, devices=devices))
+  check(topologies.compile_for(gated_rows, given, devices=tpus))
 
 
 @pytest.mark.slow
-def test_sharded_tokens(devices):
+def test_sharded_tokens(tpus):
   mesh = jax.sharding.Mesh(
-    np.array(devices[:4]),
+    np.array(tpus[:4]),
     ("data",),
     axis_types=(jax.sharding.AxisType.Explicit,),
   )
@@ -79,5 +63,5 @@ def test_sharded_tokens(devices):
     )
   ]
   with jax.set_mesh(mesh):
-    report = topologies.compile_for(gated_rows, given, devices=devices)
+    report = topologies.compile_for(gated_rows, given, devices=tpus)
   assert report.kernels.get("gated_rows") == 1

@@ -6,7 +6,6 @@ Runs in a process of its own, with the `aot` extra installed:
 """
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +18,6 @@ from tokjax.parallel import topologies
 pytestmark = pytest.mark.compile_gpu
 
 
-@pytest.fixture(scope="module")
-def devices():
-  # Read when the compiler starts, which is at its first use.
-  os.environ.update(topologies.environment("cuda"))
-  os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-  jax.config.update("jax_enable_compilation_cache", False)
-  return topologies.h100_topology()
-
-
 def arguments(shape):
   square = (shape.batch, shape.num_tokens, shape.num_tokens)
   vector = jax.ShapeDtypeStruct(square[:2], jnp.float32)
@@ -36,7 +26,7 @@ def arguments(shape):
 
 @pytest.mark.parametrize("objective", ["max_min", "max_sum", "mmr"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_kernel_compiles(name, objective, devices, capfd):
+def test_kernel_compiles(name, objective, h100s, capfd):
   select = functools.partial(
     pallas_gpu.select,
     num_keep=SHAPES[name].num_keep,
@@ -44,25 +34,25 @@ def test_kernel_compiles(name, objective, devices, capfd):
     weight=0.5 if objective == "mmr" else 1.0,
   )
   report = topologies.compile_for(
-    select, arguments(SHAPES[name]), devices=devices
+    select, arguments(SHAPES[name]), devices=h100s
   )
   assert "mosaic_gpu" in report.text
   printed = "".join(capfd.readouterr())
   assert "0 bytes spill stores, 0 bytes spill loads" in printed
 
 
-def test_public_function_compiles(devices):
+def test_public_function_compiles(h100s):
   table = arguments(SHAPES["image"])[0]
   for objective in ("max_min", "coverage", "dpp"):
     report = topologies.compile_for(
       functools.partial(greedy_select, num_keep=64, objective=objective),
       (table,),
-      devices=devices,
+      devices=h100s,
     )
     assert report.total_bytes > 0
   report = topologies.compile_for(
     functools.partial(greedy_select, num_keep=64, implementation="pallas_gpu"),
     (table,),
-    devices=devices,
+    devices=h100s,
   )
   assert "mosaic_gpu" in report.text

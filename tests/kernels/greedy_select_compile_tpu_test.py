@@ -6,8 +6,6 @@ Runs in a process of its own, with the `aot` extra installed:
 """
 
 import functools
-import importlib.util
-import os
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +21,7 @@ from tokjax.kernels.greedy_select import (
 from tokjax.kernels.greedy_select.shapes import SHAPES
 from tokjax.parallel import topologies
 
-pytestmark = [
-  pytest.mark.compile_tpu,
-  pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason='libtpu is not installed: pip install -e ".[aot]"',
-  ),
-]
-
-
-@pytest.fixture(scope="module", params=["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
-def devices(request):
-  os.environ.update(topologies.environment("tpu"))
-  jax.config.update("jax_enable_compilation_cache", False)
-  return topologies.tpu_topology(request.param)
+pytestmark = pytest.mark.compile_tpu
 
 
 def table_of(shape, objective):
@@ -50,7 +35,7 @@ def table_of(shape, objective):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", SHAPES)
-def test_kernel_compiles_or_says_why(name, objective, devices):
+def test_kernel_compiles_or_says_why(name, objective, tpus):
   shape = SHAPES[name]
   table = table_of(shape, objective)
   reason = pallas_tpu.unsupported(table, objective, shape.num_keep)
@@ -64,9 +49,7 @@ def test_kernel_compiles_or_says_why(name, objective, devices):
     objective=objective,
     weight=0.5,
   )
-  report = topologies.compile_for(
-    select, (table, vector, vector), devices=devices
-  )
+  report = topologies.compile_for(select, (table, vector, vector), devices=tpus)
   assert report.kernels["greedy_select"] == 1
   if objective != "coverage":
     # The table is read where it lies, without a copy. (One that is not square
@@ -74,34 +57,34 @@ def test_kernel_compiles_or_says_why(name, objective, devices):
     assert report.temp_bytes < 0.02 * report.argument_bytes
 
 
-def test_public_function_takes_the_kernel(devices):
+def test_public_function_takes_the_kernel(tpus):
   for name, shape in SHAPES.items():
     report = topologies.compile_for(
       functools.partial(greedy_select, num_keep=shape.num_keep),
       (table_of(shape, "max_min"),),
-      devices=devices,
+      devices=tpus,
     )
     assert report.kernels.get("greedy_select") == 1, name
 
 
-@pytest.mark.parametrize("devices", ["v5e:2x2"], indirect=True)  # no kernel
-def test_features_compile_without_the_table(devices):
+@pytest.mark.parametrize("tpus", ["v5e:2x2"], indirect=True)  # no kernel
+def test_features_compile_without_the_table(tpus):
   x = jax.ShapeDtypeStruct((1, 16_384, 1_024), jnp.bfloat16)
   report = topologies.compile_for(
     functools.partial(greedy_select_features, num_keep=1_024),
     (x,),
-    devices=devices,
+    devices=tpus,
   )
   assert report.temp_bytes < 16_384 * 16_384 * 4 // 2
 
 
-def test_sharded_over_the_batch(devices):
+def test_sharded_over_the_batch(tpus):
   mesh = jax.sharding.Mesh(
-    np.array(devices),
+    np.array(tpus),
     ("data",),
     axis_types=(jax.sharding.AxisType.Explicit,),
   )
-  batch = len(devices)
+  batch = len(tpus)
   table = jax.ShapeDtypeStruct(
     (batch, 576, 576),
     jnp.float32,
@@ -109,6 +92,6 @@ def test_sharded_over_the_batch(devices):
   )
   select = functools.partial(greedy_select, num_keep=64)
   with jax.set_mesh(mesh):
-    report = topologies.compile_for(select, (table,), devices=devices)
+    report = topologies.compile_for(select, (table,), devices=tpus)
   assert report.kernels.get("greedy_select") == 1
   assert not report.collectives

@@ -8,8 +8,6 @@ Every shape in every width takes minutes; `-m "compile_gpu and not slow"` tries
 each shape in one of the widths.
 """
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,20 +15,8 @@ import pytest
 
 from tokjax.kernels.maxsim import pallas_gpu
 from tokjax.kernels.maxsim.shapes import DIMS, SHAPES
-from tokjax.parallel import topologies
 
 pytestmark = pytest.mark.compile_gpu
-
-
-@pytest.fixture(scope="module")
-def devices():
-  # Read when the compiler starts, which is at its first use.
-  os.environ.update(topologies.environment("cuda"))
-  os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
-  os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-  # A program found in the cache would be compiled by nobody.
-  jax.config.update("jax_enable_compilation_cache", False)
-  return topologies.h100_topology()
 
 
 def _arguments(shape, dim, dtype):
@@ -52,9 +38,9 @@ _SIZES = [
 ]
 
 
-def _compile(function, arguments, devices) -> str:
+def _compile(function, arguments, h100s) -> str:
   """The optimised program's text."""
-  alone = jax.sharding.SingleDeviceSharding(devices[0])
+  alone = jax.sharding.SingleDeviceSharding(h100s[0])
   placed = [
     jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or alone)
     for x in arguments
@@ -74,20 +60,20 @@ def _check_assembly(text, dtype):
 @pytest.mark.parametrize("return_index", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("name, dim", _SIZES)
-def test_forward_compiles(name, dim, dtype, return_index, devices, capfd):
+def test_forward_compiles(name, dim, dtype, return_index, h100s, capfd):
   arguments = _arguments(SHAPES[name], dim, dtype)
   assert pallas_gpu.unsupported(*arguments[:2]) is None
 
   def forward(*given):
     return pallas_gpu.maxsim_forward(*given, return_index=return_index)
 
-  assert "mosaic_gpu" in _compile(forward, arguments, devices)
+  assert "mosaic_gpu" in _compile(forward, arguments, h100s)
   _check_assembly("".join(capfd.readouterr()), dtype)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("name, dim", _SIZES)
-def test_backward_compiles(name, dim, dtype, devices, capfd):
+def test_backward_compiles(name, dim, dtype, h100s, capfd):
   shape = SHAPES[name]
   pairs = (shape.num_queries, shape.num_documents)
   arguments = (
@@ -95,16 +81,16 @@ def test_backward_compiles(name, dim, dtype, devices, capfd):
     *_arguments(shape, dim, dtype),
     jax.ShapeDtypeStruct((*pairs, shape.query_tokens), jnp.int32),
   )
-  text = _compile(pallas_gpu.maxsim_backward, arguments, devices)
+  text = _compile(pallas_gpu.maxsim_backward, arguments, h100s)
   assert "mosaic_gpu" in text
   # float32 too: the backward splits its operands in bfloat16 parts.
   _check_assembly("".join(capfd.readouterr()), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_compiles_inside_shard_map(kind, devices):
+def test_compiles_inside_shard_map(kind, h100s):
   kinds = (getattr(jax.sharding.AxisType, kind),)
-  mesh = jax.sharding.Mesh(np.array(devices), ("data",), axis_types=kinds)
+  mesh = jax.sharding.Mesh(np.array(h100s), ("data",), axis_types=kinds)
 
   def place(x, spec):
     sharding = jax.NamedSharding(mesh, spec)
@@ -126,12 +112,12 @@ def test_compiles_inside_shard_map(kind, devices):
     out_specs=(jax.P(None, "data"), whole, split),
   )
   placed = list(map(place, arguments, specs))
-  text = _compile(mapped, placed, devices)
+  text = _compile(mapped, placed, h100s)
   assert "maxsim_forward" in text
   assert "maxsim_backward_documents" in text
 
 
-def test_compiles_under_vmap(devices):
+def test_compiles_under_vmap(h100s):
   arguments = [
     jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
     for x in _arguments(SHAPES["rerank"], 128, jnp.bfloat16)
@@ -139,4 +125,4 @@ def test_compiles_under_vmap(devices):
   mapped = jax.vmap(
     lambda *given: pallas_gpu.maxsim_forward(*given, return_index=False)
   )
-  assert "mosaic_gpu" in _compile(mapped, arguments, devices)
+  assert "mosaic_gpu" in _compile(mapped, arguments, h100s)

@@ -7,7 +7,6 @@ Runs in a process of its own, with the `aot` extra installed:
 
 import functools
 import itertools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +22,6 @@ from tokjax.kernels.nearest_code.shapes import SHAPES
 from tokjax.parallel import topologies
 
 pytestmark = pytest.mark.compile_gpu
-
-
-@pytest.fixture(scope="module")
-def devices():
-  # Read when the compiler starts, which is at its first use.
-  os.environ.update(topologies.environment("cuda"))
-  os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
-  os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-  # A program found in the cache would be compiled by nobody.
-  jax.config.update("jax_enable_compilation_cache", False)
-  return topologies.h100_topology(4)
 
 
 def check_assembly(text, codes=128):
@@ -57,7 +45,7 @@ _SIZES = [
 
 
 @pytest.mark.parametrize("dim, num_codes", _SIZES)
-def test_compiles(dim, num_codes, devices, capfd):
+def test_compiles(dim, num_codes, h100s, capfd):
   num_tokens = 4096
   arrays = (
     jax.ShapeDtypeStruct((num_tokens, dim), jnp.float32),
@@ -65,7 +53,7 @@ def test_compiles(dim, num_codes, devices, capfd):
     jax.ShapeDtypeStruct((num_codes,), jnp.float32),
   )
   assert pallas_gpu.unsupported(*arrays[:2]) is None
-  report = topologies.compile_for(pallas_gpu.nearest, arrays, devices=devices)
+  report = topologies.compile_for(pallas_gpu.nearest, arrays, devices=h100s)
   assert "mosaic_gpu" in report.text
   # The bfloat16 parts, widths padded to 16; never a score of every code.
   width = -(-dim // 16) * 16
@@ -75,7 +63,7 @@ def test_compiles(dim, num_codes, devices, capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codes", [32, 64, 96])
-def test_compiles_with_smaller_tiles(codes, devices, capfd):
+def test_compiles_with_smaller_tiles(codes, h100s, capfd):
   arrays = (
     jax.ShapeDtypeStruct((1000, 32), jnp.float32),
     jax.ShapeDtypeStruct((3000, 32), jnp.float32),
@@ -86,15 +74,15 @@ def test_compiles_with_smaller_tiles(codes, devices, capfd):
       x, codebook, block_size=codes, implementation="pallas_gpu"
     )
 
-  report = topologies.compile_for(search, arrays, devices=devices)
+  report = topologies.compile_for(search, arrays, devices=h100s)
   assert "mosaic_gpu" in report.text
   check_assembly("".join(capfd.readouterr()), codes)
 
 
-def test_a_mesh_of_h100_takes_the_kernel(devices):
+def test_a_mesh_of_h100_takes_the_kernel(h100s):
   """Tokens and codes sharded; the mesh says what its devices are."""
   mesh = jax.sharding.Mesh(
-    np.array(devices).reshape(2, 2),
+    np.array(h100s).reshape(2, 2),
     ("data", "model"),
     axis_types=(jax.sharding.AxisType.Explicit,) * 2,
   )
@@ -105,15 +93,15 @@ def test_a_mesh_of_h100_takes_the_kernel(devices):
 
   arrays = placed((64, 256, 8), "data"), placed((16_384, 8), "model")
   with jax.set_mesh(mesh):
-    report = topologies.compile_for(nearest_code, arrays, devices=devices)
+    report = topologies.compile_for(nearest_code, arrays, devices=h100s)
   assert "mosaic_gpu" in report.text
   # A score and an index of each token travel.
   assert set(report.collectives) == {"all-gather"}
 
 
-def test_compiles_inside_shard_map(devices):
+def test_compiles_inside_shard_map(h100s):
   kinds = (jax.sharding.AxisType.Auto,)
-  mesh = jax.sharding.Mesh(np.array(devices), ("model",), axis_types=kinds)
+  mesh = jax.sharding.Mesh(np.array(h100s), ("model",), axis_types=kinds)
 
   def place(shape, *spec):
     sharding = jax.NamedSharding(mesh, jax.P(*spec))
@@ -128,11 +116,11 @@ def test_compiles_inside_shard_map(devices):
     out_specs=jax.P(),
   )
   arrays = place((500, 32)), place((4096, 32), "model")
-  report = topologies.compile_for(mapped, arrays, devices=devices)
+  report = topologies.compile_for(mapped, arrays, devices=h100s)
   assert "mosaic_gpu" in report.text
 
 
-def test_the_public_function_takes_what_it_is_told(devices):
+def test_the_public_function_takes_what_it_is_told(h100s):
   shape = SHAPES["vqgan"]
   x = jax.ShapeDtypeStruct((shape.num_tokens, shape.dim), jnp.bfloat16)
   codebook = jax.ShapeDtypeStruct((shape.num_codes, shape.dim), jnp.float32)
@@ -143,17 +131,17 @@ def test_the_public_function_takes_what_it_is_told(devices):
       x, codebook, mask, metric="cosine", implementation="pallas_gpu"
     )
 
-  report = topologies.compile_for(search, (x, codebook, mask), devices=devices)
+  report = topologies.compile_for(search, (x, codebook, mask), devices=h100s)
   assert "mosaic_gpu" in report.text
 
 
-def test_compiles_under_vmap(devices):
+def test_compiles_under_vmap(h100s):
   arrays = (
     jax.ShapeDtypeStruct((3, 500, 16), jnp.float32),
     jax.ShapeDtypeStruct((3, 1000, 16), jnp.float32),
     jax.ShapeDtypeStruct((3, 1000), jnp.float32),
   )
   report = topologies.compile_for(
-    jax.vmap(pallas_gpu.nearest), arrays, devices=devices
+    jax.vmap(pallas_gpu.nearest), arrays, devices=h100s
   )
   assert "mosaic_gpu" in report.text

@@ -6,8 +6,6 @@ Runs in a process of its own, with the `aot` extra installed:
 """
 
 import functools
-import importlib.util
-import os
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +16,15 @@ from tokjax.kernels.ring_attention.shapes import SHAPES
 from tokjax.parallel import topologies
 from tokjax.parallel.ring_attention import ring_attention
 
-pytestmark = [
-  pytest.mark.compile_tpu,
-  pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason='libtpu is not installed: pip install -e ".[aot]"',
-  ),
-]
+pytestmark = pytest.mark.compile_tpu
 
 
-@pytest.fixture(scope="module", params=["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
-def devices(request):
-  os.environ.update(topologies.environment("tpu"))
-  jax.config.update("jax_enable_compilation_cache", False)
-  return topologies.tpu_topology(request.param)[:4]
-
-
-def compiled(devices, name, dtype, mesh_shape=(4,), gradient=False, **settings):
+def compiled(tpus, name, dtype, mesh_shape=(4,), gradient=False, **settings):
   """Of whole queries, keys and values, cut over the last axis of the mesh."""
   shape = SHAPES[name]
   *examples, size = mesh_shape
   mesh = jax.sharding.Mesh(
-    np.array(devices[: np.prod(mesh_shape)]).reshape(mesh_shape),
+    np.array(tpus[: np.prod(mesh_shape)]).reshape(mesh_shape),
     ("data", "seq")[-len(mesh_shape) :],
     axis_types=(jax.sharding.AxisType.Auto,) * len(mesh_shape),
   )
@@ -65,7 +50,7 @@ def compiled(devices, name, dtype, mesh_shape=(4,), gradient=False, **settings):
     return jnp.sum(over(*arrays).astype(jnp.float32))
 
   function = jax.grad(total, (0, 1, 2)) if gradient else over
-  report = topologies.compile_for(jax.jit(function), given, devices=devices)
+  report = topologies.compile_for(jax.jit(function), given, devices=tpus)
   assert report.kernels.get("ring_attention") == 1
   return report, given
 
@@ -74,8 +59,8 @@ def nbytes(x, num_devices):
   return x.size * x.dtype.itemsize // num_devices
 
 
-def test_sends_by_itself(devices):
-  report, (queries, keys, values) = compiled(devices, "llama", jnp.bfloat16)
+def test_sends_by_itself(tpus):
+  report, (queries, keys, values) = compiled(tpus, "llama", jnp.bfloat16)
   # The compiler has nothing to send.
   assert not report.collectives
   # Two slots, results in float32, and lse.
@@ -95,11 +80,11 @@ def test_sends_by_itself(devices):
   ],
   ids=str,
 )
-def test_every_program_compiles(devices, dtype, settings):
-  compiled(devices, "vit", dtype, **settings)
+def test_every_program_compiles(tpus, dtype, settings):
+  compiled(tpus, "vit", dtype, **settings)
 
 
 @pytest.mark.slow
-def test_the_backward_pass_sends_as_ever(devices):
-  report, _ = compiled(devices, "vit", jnp.bfloat16, gradient=True)
+def test_the_backward_pass_sends_as_ever(tpus):
+  report, _ = compiled(tpus, "vit", jnp.bfloat16, gradient=True)
   assert report.collectives

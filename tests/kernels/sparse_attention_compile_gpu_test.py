@@ -5,8 +5,6 @@ Runs in a process of its own, with the `aot` extra installed:
     pytest -m compile_gpu tests/kernels/sparse_attention_compile_gpu_test.py
 """
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,6 @@ import pytest
 from tokjax.kernels.sparse_attention import pallas_gpu, rule_attention
 from tokjax.kernels.sparse_attention.shapes import SHAPES, Shape
 from tokjax.ops import mask_rules
-from tokjax.parallel import topologies
 
 pytestmark = pytest.mark.compile_gpu
 
@@ -32,17 +29,6 @@ CASES = {
   # Nothing is a multiple of anything.
   "odd sizes": (Shape("odd", 301, 3, 1, dim=72), mask_rules.apart),
 }
-
-
-@pytest.fixture(scope="module")
-def devices():
-  # Read when the compiler starts, which is at its first use.
-  os.environ.update(topologies.environment("cuda"))
-  os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
-  os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-  # A program found in the cache would be compiled by nobody.
-  jax.config.update("jax_enable_compilation_cache", False)
-  return topologies.h100_topology()
 
 
 def inputs(shape, place, batch=1):
@@ -73,8 +59,8 @@ def check_assembly(text):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_compiles(name, devices, capfd):
-  alone = jax.sharding.SingleDeviceSharding(devices[0])
+def test_compiles(name, h100s, capfd):
+  alone = jax.sharding.SingleDeviceSharding(h100s[0])
   shape, rule = CASES[name]
   q, k, v, given = inputs(shape, alone)
   assert pallas_gpu.unsupported(q, k, v, given, given) is None
@@ -83,8 +69,8 @@ def test_compiles(name, devices, capfd):
   check_assembly("".join(capfd.readouterr()))
 
 
-def test_only_what_a_rule_asks_for_is_loaded(devices, capfd):
-  alone = jax.sharding.SingleDeviceSharding(devices[0])
+def test_only_what_a_rule_asks_for_is_loaded(h100s, capfd):
+  alone = jax.sharding.SingleDeviceSharding(h100s[0])
 
   def loads(rule):
     given = inputs(SHAPES["window"], alone)
@@ -97,9 +83,9 @@ def test_only_what_a_rule_asks_for_is_loaded(devices, capfd):
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_compiles_inside_shard_map(kind, devices):
+def test_compiles_inside_shard_map(kind, h100s):
   kinds = (getattr(jax.sharding.AxisType, kind),)
-  mesh = jax.sharding.Mesh(np.array(devices), ("data",), axis_types=kinds)
+  mesh = jax.sharding.Mesh(np.array(h100s), ("data",), axis_types=kinds)
   place = jax.NamedSharding(mesh, jax.P("data"))
   mapped = jax.shard_map(
     under(mask_rules.level_causal),
@@ -107,6 +93,6 @@ def test_compiles_inside_shard_map(kind, devices):
     in_specs=jax.P("data"),
     out_specs=jax.P("data"),
   )
-  given = inputs(SHAPES["scales"], place, batch=len(devices))
+  given = inputs(SHAPES["scales"], place, batch=len(h100s))
   compiled = jax.jit(mapped).lower(*given).compile()
   assert "mosaic_gpu" in compiled.as_text()

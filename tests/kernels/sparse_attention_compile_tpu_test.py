@@ -5,9 +5,6 @@ Runs in a process of its own, with the `aot` extra installed:
     pytest -m compile_tpu tests/kernels/sparse_attention_compile_tpu_test.py
 """
 
-import importlib.util
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,20 +15,7 @@ from tokjax.kernels.sparse_attention.shapes import SHAPES
 from tokjax.ops import mask_rules
 from tokjax.parallel import topologies
 
-pytestmark = [
-  pytest.mark.compile_tpu,
-  pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason='libtpu is not installed: pip install -e ".[aot]"',
-  ),
-]
-
-
-@pytest.fixture(scope="module", params=["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
-def devices(request):
-  os.environ.update(topologies.environment("tpu"))
-  jax.config.update("jax_enable_compilation_cache", False)
-  return topologies.tpu_topology(request.param)
+pytestmark = pytest.mark.compile_tpu
 
 
 def arrays(name, dtype, batch=1, place=None):
@@ -72,11 +56,11 @@ slow = pytest.mark.slow
     pytest.param("window", mask_rules.local(64), jnp.float32, marks=slow),
   ],
 )
-def test_public_function_takes_the_kernel(name, rule, dtype, devices):
+def test_public_function_takes_the_kernel(name, rule, dtype, tpus):
   def attend(q, k, v, tokens):
     return rule_attention(q, k, v, rule, tokens)
 
-  report = topologies.compile_for(attend, arrays(name, dtype), devices=devices)
+  report = topologies.compile_for(attend, arrays(name, dtype), devices=tpus)
   assert report.kernels == {"rule_attention": 1}
   # A bit for each pair of a prompt would be 128 MiB. There are lists, fields
   # and, on v7x, copies of heads of 64, padded to 128 lanes.
@@ -84,7 +68,7 @@ def test_public_function_takes_the_kernel(name, rule, dtype, devices):
   assert report.on_chip_bytes < 32 << 20
 
 
-def test_different_tokens_under_vmap(devices):
+def test_different_tokens_under_vmap(tpus):
   def attend(q, k, v, level):
     tokens = mask_rules.tokens(level.shape[0], level=level)
     rule = mask_rules.level_causal
@@ -94,14 +78,14 @@ def test_different_tokens_under_vmap(devices):
   given = [
     jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in (*given, tokens.level)
   ]
-  report = topologies.compile_for(jax.vmap(attend), given, devices=devices)
+  report = topologies.compile_for(jax.vmap(attend), given, devices=tpus)
   # A loop over the examples, whose body has no name.
   assert list(report.kernels.values()) == [1]
 
 
-def test_sharded_over_batch_and_heads(devices):
+def test_sharded_over_batch_and_heads(tpus):
   mesh = jax.sharding.Mesh(
-    np.array(devices[:4]).reshape(2, 2),
+    np.array(tpus[:4]).reshape(2, 2),
     ("data", "heads"),
     axis_types=(jax.sharding.AxisType.Explicit,) * 2,
   )
@@ -119,6 +103,6 @@ def test_sharded_over_batch_and_heads(devices):
     return rule_attention(q, k, v, rule, tokens)
 
   with jax.set_mesh(mesh):
-    report = topologies.compile_for(attend, (*given, level), devices=devices)
+    report = topologies.compile_for(attend, (*given, level), devices=tpus)
   assert report.kernels == {"rule_attention": 1}
   assert not report.collectives

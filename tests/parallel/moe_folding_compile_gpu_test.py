@@ -5,24 +5,13 @@ Runs in a process of its own, with the `aot` extra installed:
     pytest -m compile_gpu tests/parallel/moe_folding_compile_gpu_test.py
 """
 
-import os
-
-import jax
 import pytest
 
 from tests.parallel import moe_layers
-from tokjax.parallel import topologies
 from tokjax.parallel.moe_mesh import make_folded_mesh
 from tokjax.parallel.moe_weights import MoeConfig
 
 pytestmark = pytest.mark.compile_gpu
-
-
-@pytest.fixture(scope="module")
-def devices():
-  os.environ.update(topologies.environment("cuda"))
-  jax.config.update("jax_enable_compilation_cache", False)
-  return topologies.h100_topology(4)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +21,8 @@ def devices():
     ("capacity", dict(ep=4), "all-to-all"),
   ],
 )
-def test_a_training_step_compiles(devices, exchange, experts, collective):
+def test_a_training_step_compiles(h100s, exchange, experts, collective):
   config = MoeConfig(8, 2, exchange=exchange, capacity_factor=1.0)
-  folded = make_folded_mesh(dict(cp=2, tp=2), experts, devices=devices)
+  folded = make_folded_mesh(dict(cp=2, tp=2), experts, devices=h100s)
   text = moe_layers.compiled_gradient(config, folded)
   assert f" {collective}(" in text or f" {collective}-start(" in text

@@ -5,33 +5,16 @@ Runs in a process of its own, with the `aot` extra installed:
     pytest -m compile_tpu tests/parallel/moe_folding_compile_tpu_test.py
 """
 
-import importlib.util
-import os
-
-import jax
 import pytest
 
 from tests.parallel import moe_layers
-from tokjax.parallel import topologies
 from tokjax.parallel.moe_mesh import make_folded_mesh
 from tokjax.parallel.moe_weights import MoeConfig
 
-pytestmark = [
-  pytest.mark.compile_tpu,
-  pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason='libtpu is not installed: pip install -e ".[aot]"',
-  ),
-]
+pytestmark = pytest.mark.compile_tpu
 
 
-@pytest.fixture(scope="module", params=["v5e:2x2", "tpu7x:2x2x1"])
-def devices(request):
-  os.environ.update(topologies.environment("tpu"))
-  jax.config.update("jax_enable_compilation_cache", False)
-  return topologies.tpu_topology(request.param)[:4]
-
-
+@pytest.mark.parametrize("tpus", ["v5e:2x2", "tpu7x:2x2x1"], indirect=True)
 @pytest.mark.parametrize(
   ("exchange", "experts", "collective"),
   [
@@ -39,8 +22,8 @@ def devices(request):
     ("capacity", dict(ep=4), "all-to-all"),
   ],
 )
-def test_a_training_step_compiles(devices, exchange, experts, collective):
+def test_a_training_step_compiles(tpus, exchange, experts, collective):
   config = MoeConfig(8, 2, exchange=exchange, capacity_factor=1.0)
-  folded = make_folded_mesh(dict(cp=2, tp=2), experts, devices=devices)
+  folded = make_folded_mesh(dict(cp=2, tp=2), experts, devices=tpus[:4])
   text = moe_layers.compiled_gradient(config, folded)
   assert f" {collective}(" in text or f" {collective}-start(" in text
