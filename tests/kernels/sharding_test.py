@@ -27,6 +27,17 @@ def test_first_axis(mesh):
     sharding.first_axis("x", placed)
 
 
+def test_first_two_axes(mesh):
+  x = jnp.ones((8, 6, 2))
+  for spec in ((), ("data",), (None, "model"), ("data", "model")):
+    placed = jax.device_put(x, jax.P(*spec))
+    want = (*spec, None, None)[:2]
+    assert sharding.first_two_axes("q", placed) == want
+  placed = jax.device_put(x, jax.P(None, None, "model"))
+  with pytest.raises(ValueError, match="q must be .* its first two axes only"):
+    sharding.first_two_axes("q", placed)
+
+
 def test_local_shards_are_those_that_the_specs_name(mesh):
   x = jax.device_put(jnp.arange(16.0).reshape(8, 2), jax.P(None, "model"))
   whole = jax.device_put(jnp.arange(8.0), jax.P("data"))

@@ -75,6 +75,23 @@ def test_block_adds_the_shared_expert_to_the_others():
   assert jax.eval_shape(lambda: MoeBlock(few, rngs=nnx.Rngs(0))).shared is None
 
 
+@pytest.mark.parametrize("num_heads", [4, 2])
+def test_more_devices_than_heads_of_keys(num_heads):
+  """Four devices for two heads of keys, and for as many of queries."""
+  config = dataclasses.replace(CONFIG, num_heads=num_heads)
+  block = jax.jit(lambda: MoeBlock(config, rngs=nnx.Rngs(0)))()
+  x = np.random.default_rng(1).normal(size=(2, 8, 16)).astype(np.float32)
+
+  def found(sizes):
+    folded = folded_mesh(sizes, {})
+    run = jax.jit(lambda block, x: block(x, x[..., 0] < 9, folded=folded)[0])
+    return jax.block_until_ready(run(block, x))
+
+  np.testing.assert_allclose(
+    found(dict(cp=2, tp=4)), found({}), rtol=1e-5, atol=1e-5
+  )
+
+
 def test_layers_and_places():
   x = example()
   make = functools.partial(moe_block.linear, CONFIG, 16, 400)

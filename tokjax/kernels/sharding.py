@@ -11,10 +11,12 @@ import jax
 
 from tokjax.typing import Array
 
-__all__ = ["first_axis", "over_shards"]
+__all__ = ["first_axis", "first_two_axes", "over_shards"]
+
+_Axes = str | tuple[str, ...] | None
 
 
-def first_axis(name: str, x: Array | None) -> str | tuple[str, ...] | None:
+def first_axis(name: str, x: Array | None) -> _Axes:
   """Mesh axes over which the first axis of an array is sharded.
 
   Args:
@@ -41,6 +43,33 @@ def first_axis(name: str, x: Array | None) -> str | tuple[str, ...] | None:
       f"{name} must be sharded over its first axis only, got {spec}"
     )
   return spec[0] if spec else None
+
+
+def first_two_axes(name: str, x: Array) -> tuple[_Axes, _Axes]:
+  """Mesh axes over which the first two axes of an array are sharded.
+
+  Args:
+    name: what the error shall call the array.
+    x: any array of two axes or more.
+
+  Returns:
+    Of each, as `first_axis`.
+
+  Raises:
+    ValueError: if another axis is sharded.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> first_two_axes("q", jnp.ones((2, 3, 4)))
+    (None, None)
+  """
+  spec = tuple(jax.typeof(x).sharding.spec)
+  first, second, *whole = (*spec, None, None)
+  if any(axis is not None for axis in whole):
+    raise ValueError(
+      f"{name} must be sharded over its first two axes only, got {spec}"
+    )
+  return first, second
 
 
 def over_shards(

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokjax.ops import attention, attention_masks, rope
+from tokjax.kernels.sparse_attention import rule_attention
+from tokjax.ops import mask_rules, rope
 from tokjax.ops.moe_experts import Experts
 from tokjax.parallel import moe_folding, moe_weights
 from tokjax.parallel.moe_mesh import FoldedMesh
@@ -114,23 +115,40 @@ class MoeBlock(nnx.Module):
   def _attention(self, x, folded):
     """Causal; padding comes last, where no real token reads it."""
     batch, length, width = x.shape
-    head = width // self.config.num_heads
+    config, tp = self.config, folded.size(folded.tp)
+    head = width // config.num_heads
 
-    def heads(linear, sequence):  # [B, heads, S, d]
-      y = linear(x).reshape(batch, length, -1, head).swapaxes(1, 2)
-      divides = y.shape[1] % folded.size(folded.tp) == 0
-      among = folded.tp if divides else ()
-      return lay(y, folded, folded.dp, among, sequence)
+    def heads(linear):  # [B, heads, S, d]
+      return linear(x).reshape(batch, length, -1, head).swapaxes(1, 2)
 
-    queries = heads(self.queries, folded.cp)
-    keys, values = heads(self.keys, ()), heads(self.values, ())
-    base = self.config.rope_base
-    read = attention.attend(
-      rope.rotate(queries, base=base),
-      rope.rotate(keys, base=base),
-      values,
-      jnp.asarray(attention_masks.causal(length)),
+    queries, keys = (
+      rope.rotate(heads(linear), base=config.rope_base)
+      for linear in (self.queries, self.keys)
     )
+    values = heads(self.values)
+    cut = folded.tp if config.num_heads % tp == 0 else ()
+    if cut and config.num_key_heads % tp:  # so that each has those it reads
+      shared = config.num_heads // config.num_key_heads
+      keys, values = (jnp.repeat(y, shared, axis=1) for y in (keys, values))
+
+    def local(queries, keys, values):
+      """Rows of this device, and all keys of its heads."""
+      rows = queries.shape[2]
+      first = jax.lax.axis_index(folded.cp) * rows if folded.cp else 0
+      readers = mask_rules.tokens(rows, position=first + jnp.arange(rows))
+      read = mask_rules.tokens(length)
+      found = rule_attention(
+        queries, keys, values, mask_rules.causal, readers, read
+      )
+      return found.out.astype(values.dtype)
+
+    rows, whole = jax.P(folded.dp, cut, folded.cp), jax.P(folded.dp, cut)
+    read = jax.shard_map(
+      local,
+      mesh=folded.mesh,
+      in_specs=(rows, whole, whole),
+      out_specs=rows,
+    )(queries, keys, values)
     read = self.out(read.swapaxes(1, 2).reshape(x.shape))
     return lay(read, folded, folded.dp, folded.sequence)
 

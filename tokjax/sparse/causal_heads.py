@@ -86,12 +86,7 @@ def each_head(
     return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[2:]), found)
 
   arrays = q, tuple(shared), segment_ids, per_head
-  spec = tuple(jax.typeof(q).sharding.spec)
-  batch, heads, *whole = (*spec, None, None, None, None)[:4]
-  if any(axis is not None for axis in whole):
-    raise ValueError(
-      f"q must be sharded over its first two axes only, got {spec}"
-    )
+  batch, heads = sharding.first_two_axes("q", q)
   if batch is None and heads is None:
     return local(*arrays)
   both = jax.P(batch, heads)

@@ -31,12 +31,7 @@ def over_shards(local: Callable, q, k, mask, row_weight, segment_ids, *per_row):
   Raises:
     ValueError: if an axis other than the first two of `q` is sharded.
   """
-  spec = tuple(jax.typeof(q).sharding.spec)
-  batch, heads, *whole = (*spec, None, None, None, None)[:4]
-  if any(axis is not None for axis in whole):
-    raise ValueError(
-      f"q must be sharded over its first two axes only, got {spec}"
-    )
+  batch, heads = sharding.first_two_axes("q", q)
   if batch is None and heads is None:
     return local(q, k, mask, row_weight, segment_ids, *per_row)
   per_head = row_weight is not None and row_weight.ndim == 3

@@ -30,12 +30,7 @@ def over_shards(local: Callable, q, k, v, readers, read):
   Raises:
     ValueError: if an axis other than the first two of `q` is sharded.
   """
-  spec = tuple(jax.typeof(q).sharding.spec)
-  batch, heads, *whole = (*spec, None, None, None, None)[:4]
-  if any(axis is not None for axis in whole):
-    raise ValueError(
-      f"q must be sharded over its first two axes only, got {spec}"
-    )
+  batch, heads = sharding.first_two_axes("q", q)
   if batch is None and heads is None:
     return local(q, k, v, readers, read)
   keys = jax.P(batch, heads if k.shape[1] > 1 else None)
@@ -43,11 +38,6 @@ def over_shards(local: Callable, q, k, v, readers, read):
     jax.tree.map(lambda x: jax.P(batch if x.ndim == 2 else None), given)
     for given in (readers, read)
   ]
-  leaves, tree = jax.tree.flatten((q, k, v, readers, read))
-  specs = jax.tree.leaves((jax.P(batch, heads), keys, keys, *fields))
-  return sharding.over_shards(
-    lambda *leaves: local(*jax.tree.unflatten(tree, leaves)),
-    leaves,
-    specs,
-    jax.P(batch, heads),
-  )
+  both = jax.P(batch, heads)
+  specs = both, keys, keys, *fields
+  return sharding.over_shards(local, (q, k, v, readers, read), specs, both)
