@@ -46,8 +46,8 @@ class GateRun:
   mlp_ratio: float = 3.0
   num_tokens: int = 128  # bytes of a row
   batch_size: int = 16  # rows of a step
-  num_steps: int = 300
-  tuning_steps: int = 40  # more, with ReLU
+  num_steps: int = 3000
+  tuning_steps: int = 300  # more, with ReLU
   learning_rate: float = 3e-3  # its peak
   tuning_rate: float = 5e-4
   num_calibration: int = 64  # rows of training text that thresholds see
