@@ -44,7 +44,7 @@ class BiFormerRun:
 
   dataset: str
   seed: int = 0
-  num_steps: int = 400
+  num_steps: int = 1500
   batch_size: int = 32
   learning_rate: float = 2e-3
 
