@@ -26,17 +26,6 @@ def tokens(seed):
   return (jax.random.normal(jax.random.key(seed), (8, 5, 8)),)
 
 
-def one_d_piece(images, *, train, learning="ema", **settings):
-  # Built inside, so that the weights live on the mesh of the inputs.
-  config = OneDPieceConfig(
-    8, 4, 6, TRUNK, TRUNK, quantizer(learning), **settings
-  )
-  tokenizer = config.build(nnx.Rngs(0))
-  state = tokenizer.init_state(jax.random.key(1))
-  found, state = tokenizer(images, state, train=train, key=jax.random.key(2))
-  return found.output, found.losses, state
-
-
 CONV = ConvConfig(
   4, (1, 1, 1), num_res_blocks=1, z_dim=4, groups=2, attention=False,
   flavour="maskgit",
@@ -51,10 +40,14 @@ def weights(config):
     return jax.tree.map(np.asarray, built(config))
 
 
-def trained(images, *, config):
+def found(images, *, config, train=True):
   tokenizer, state = jax.tree.map(jnp.asarray, weights(config))
-  found, state = tokenizer(images, state, train=True, key=jax.random.key(2))
-  return found.output, found.losses, state
+  made, state = tokenizer(images, state, train=train, key=jax.random.key(2))
+  return made.output, made.losses, state
+
+
+def one_d_piece(learning, **settings):
+  return OneDPieceConfig(8, 4, 6, TRUNK, TRUNK, quantizer(learning), **settings)
 
 
 def two_stage(stage):
@@ -95,13 +88,14 @@ CASES = [
   row("transformer-swiglu", transformed, activation="swiglu", context_dim=8),
   row("attend", attended),
   row("attend-in-parts", in_parts),
-  row("one-d-piece", one_d_piece, photos, train=True, learning="gradient"),
+  row("one-d-piece", found, photos, config=one_d_piece("gradient")),
   row(
-    "one-d-piece-evaluated", one_d_piece, photos, train=False, pixel_loss="l1"
+    "one-d-piece-evaluated", found, photos, train=False,
+    config=one_d_piece("ema", pixel_loss="l1"),
   ),
-  row("vqgan", trained, photos, config=PROXY),
-  row("two-stage-proxy", trained, photos, config=two_stage("proxy")),
-  row("two-stage-pixels", trained, photos, config=two_stage("pixels")),
+  row("vqgan", found, photos, config=PROXY),
+  row("two-stage-proxy", found, photos, config=two_stage("proxy")),
+  row("two-stage-pixels", found, photos, config=two_stage("pixels")),
   row("pyramid", lambda x: resample.pyramid(x[:, :4], (1, 2))),
   row(
     "unpatchify", lambda x: patches.unpatchify(x[:, :4, :], (2, 2), 2)
