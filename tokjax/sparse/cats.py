@@ -191,14 +191,13 @@ def gated_mlp(
     ([0.5], 1)
 
   Cost: 2 D F + 4 D A FLOPs a token and D F + 2 D A weights read, for A active
-  units. Measured by `tokjax bench gated_mlp`, 2026-11-29, two shared CPU cores
-  (AMD EPYC, jax 0.10.2), float32, D 4,096 and F 14,336, random weights, medians
-  of 15 calls in turn. One token: dense 44 ms, with 0, 50, 70 and 90 % dropped
-  113, 64, 41 and 27: rows one by one are read at .4 to .6 of the rate of three
-  products, so that time is saved from two thirds on.
-  Four tokens, whose unions are 100, 94, 76 and 34 %: dense 57, and 70, 73, 61
-  and 41. In bfloat16 XLA on CPU widens all weights before it uses some: 295 at
-  any sparsity, and dense. No accelerator was timed.
+  units. Measured by `tokjax bench gated_mlp`, 2026-11-29, two CPU cores (AMD
+  EPYC, jax 0.10.2), float32, D 4,096 and F 14,336, random weights, medians of
+  21 calls in turn. One token: dense 26 ms, with 0, 50, 70 and 90 % dropped 38,
+  25, 20 and 14: rows that are picked are read at .7 of the rate of all in a
+  row. Four tokens, whose unions are 100, 94, 76 and 34 %: dense 49, and 62, 60,
+  53 and 35. In bfloat16 XLA on CPU widens all weights before it uses some: 221
+  to 249 at any sparsity, dense 233. No accelerator was timed.
 
   Source: the kernels and `SparseSiLU` of the published code; keeping strictly
     what is above is theirs, capacity is ours.

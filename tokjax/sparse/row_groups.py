@@ -92,7 +92,7 @@ def read_between(
   last: Int[Array, "c n"],
   position: Int[Array, "c m"],
   *,
-  largest_tile: int = 128,
+  largest_tile: int = 512,
   implementation: Implementation | None = None,
 ) -> RuleAttention:
   """Attention of rows to the keys whose positions lie between two limits.

@@ -137,8 +137,14 @@ def rule_attention_backward(
 
 
 def _sizes(block_size, q, k):
-  """Queries and keys of a tile, no more than there are."""
-  return tuple(min(block_size, max(1, x.shape[2])) for x in (q, k))
+  """Queries and keys of a tile: as few tiles as there must be, alike."""
+
+  def even(number):
+    tiles = max(1, -(-number // block_size))
+    size = -(-number // tiles)
+    return min(block_size, max(1, size + -size % 64))
+
+  return even(q.shape[2]), even(k.shape[2])
 
 
 def _readable(rule, sizes, k, v, readers, read):
