@@ -75,7 +75,7 @@ def first_two_axes(name: str, x: Array) -> tuple[_Axes, _Axes]:
 def over_shards(
   local: Callable,
   arrays: Sequence[Any],
-  in_specs: Sequence[jax.P],
+  in_specs: Sequence[Any],
   out_specs: Any,
 ):
   """Calls a function on shards of arrays, moved there where need be.
@@ -84,7 +84,8 @@ def over_shards(
     local: maps local shards of the arrays, None among them, to a pytree.
     arrays: arrays, pytrees of arrays and None; the first is an array and names
       the mesh.
-    in_specs: how `local` wants each of them, that of a None is not read.
+    in_specs: how `local` wants each of them, a pytree as a whole or leaf by
+      leaf; that of a None is not read.
     out_specs: how what it returns is sharded.
 
   Returns:
