@@ -107,7 +107,12 @@ def run(
     return anchor_attention(q, k, v, config)
 
   fraction = jax.jit(lambda theta: jnp.mean(anchored(theta)[1].kept_fraction))
-  thetas = {share: _threshold(fraction, share) for share in kept}
+  thetas = {
+    share: attention_choices.setting_of(
+      fraction, share, -20.0, 40.0, halvings=14
+    )
+    for share in kept
+  }
   candidates = {"dense": functools.partial(_dense(dense), q, k, v)}
   for name, rule in (
     ("causal", mask_rules.causal),
@@ -178,15 +183,6 @@ def _choices(q, k, kept, block):
     "block top-k": attention_choices.block_top_k(q, k, kept, block),
     "vertical-slash": attention_choices.vertical_slash(q, k, kept, block),
   }
-
-
-def _threshold(fraction, kept):
-  """The theta at which this share of the pairs is read, by bisection."""
-  low, high = -20.0, 40.0
-  for _ in range(14):
-    middle = (low + high) / 2
-    low, high = (low, middle) if fraction(middle) > kept else (middle, high)
-  return low
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,6 +15,7 @@ __all__ = [
   "block_top_k",
   "made_heads",
   "recall_of",
+  "setting_of",
   "streaming",
   "vertical_slash",
 ]
@@ -118,3 +119,27 @@ def recall_of(
     jnp.sum(share) / num_tokens,
     pairs / (num_tokens * (num_tokens + 1) / 2),
   )
+
+
+def setting_of(
+  pairs: Callable[[float], Float[Array, "..."]],
+  kept: float,
+  low: float,
+  high: float,
+  *,
+  halvings: int,
+) -> float:
+  """The largest setting that reads no more than a share of the pairs.
+
+  Args:
+    pairs: the shares read at a setting, which grow with it.
+    kept: what their mean may be.
+    low: a setting that reads no more.
+    high: one that may read more.
+    halvings: of the range.
+  """
+  for _ in range(halvings):
+    middle = (low + high) / 2
+    above = float(jnp.mean(pairs(middle))) > kept
+    low, high = (low, middle) if above else (middle, high)
+  return low

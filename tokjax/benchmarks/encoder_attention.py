@@ -29,8 +29,6 @@ from tokjax.typing import Array, Float, Int
 
 __all__ = ["EncoderAttentionRun", "claimed", "lead", "queries_and_keys"]
 
-_HALVINGS = 10  # of the range of a setting
-
 
 @dataclasses.dataclass(frozen=True)
 class EncoderAttentionRun:
@@ -103,8 +101,12 @@ def claimed(
   rows = {}
   for name, (choose, low, high) in _choices(run).items():
     choose = jax.jit(choose)
-    setting = _setting(
-      lambda x, choose=choose: choose(x, q, k)[1], run.kept, low, high
+    setting = attention_choices.setting_of(
+      lambda x, choose=choose: choose(x, q, k)[1],
+      run.kept,
+      low,
+      high,
+      halvings=10,
     )
     mass, pairs = (np.ravel(x) for x in choose(setting, q, k))
     tenth = np.sort(mass)[: max(1, len(mass) // 10)]
@@ -179,12 +181,3 @@ def _choices(run):
     name: (functools.partial(each, make), 0.0, 1.0)
     for name, make in others.items()
   }
-
-
-def _setting(pairs, kept, low, high):
-  """The largest setting that reads no more than the share, by halving."""
-  for _ in range(_HALVINGS):
-    middle = (low + high) / 2
-    above = float(jnp.mean(pairs(middle))) > kept
-    low, high = (low, middle) if above else (middle, high)
-  return low
