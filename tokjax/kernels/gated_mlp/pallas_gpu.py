@@ -281,6 +281,8 @@ class _Program:
     def slot(i):
       return lax.rem(i, jnp.int32(self.slots))
 
+    # As `hopper_tiles.fill_rings`, in one loop: three spill registers where two
+    # float32 tokens are 4,096 wide.
     @pl.loop(0, number + ahead)
     def _(i):
       @pl.when(i >= ahead)
