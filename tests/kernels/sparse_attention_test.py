@@ -9,7 +9,10 @@ import pytest
 
 from tests.ops.mask_rules_test import RULES, some_tokens
 from tokjax.kernels.sparse_attention import RuleAttention, rule_attention
-from tokjax.kernels.sparse_attention.block_lists import block_lists
+from tokjax.kernels.sparse_attention.block_lists import (
+  block_lists,
+  equal_blocks,
+)
 from tokjax.ops import attention, mask_rules
 
 NUM_TOKENS, BLOCK = 21, 8
@@ -173,3 +176,14 @@ def test_lists_of_blocks():
       np.testing.assert_array_equal(kind[:count], kinds[place][want])
       last = want[-1] if len(want) else 0
       assert (index[count:] == last).all() and (kind[count:] == 0).all()
+
+
+def test_equal_blocks_are_few_and_hold_all():
+  for size in (0, 1, 7, 64, 300, 512, 513, 768, 2304):
+    for most, multiple in ((8, 64), (512, 64), (512, 128), (1024, 128)):
+      rows = equal_blocks(size, most, multiple)
+      blocks = max(1, -(-size // most))
+      assert 1 <= rows <= most and blocks * rows >= size
+      assert rows == most or rows % multiple == 0
+      # The next smaller size needs one block more.
+      assert rows <= multiple or blocks * (rows - multiple) < size

@@ -191,3 +191,14 @@ def test_under_jit_from_traced_fields():
 
   level = jnp.array([0, 0, 0, 1, 1, 1])
   assert jax.jit(kinds)(level).tolist() == [[2, 0], [2, 2]]
+
+
+def test_tokens_are_cut_and_filled_up_with_the_last():
+  given = some_tokens(5, batch=(2,))
+  cut = mask_rules.cut_tokens(given, 3)
+  for name, x in given._asdict().items():
+    found = np.asarray(getattr(cut, name))
+    assert found.shape == (*x.shape[:-1], 2, 3)
+    found = found.reshape(*x.shape[:-1], 6)
+    np.testing.assert_array_equal(found[..., :5], x)
+    np.testing.assert_array_equal(found[..., 5], x[..., 4])

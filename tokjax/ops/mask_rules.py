@@ -16,6 +16,7 @@ Masks as constants, for few tokens: `tokjax.ops.attention_masks`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ __all__ = [
   "apart",
   "block_kinds",
   "causal",
+  "cut_tokens",
   "every",
   "level_causal",
   "local",
@@ -352,7 +354,7 @@ def block_kinds(
   low, high = (
     _pairs(
       *(
-        _of_blocks(x, n, most)
+        jax.tree.map(functools.partial(most, axis=-1), cut_tokens(x, n))
         for x, n in zip((readers, read), sizes, strict=True)
       )
     )
@@ -364,15 +366,27 @@ def block_kinds(
   return jnp.broadcast_to(kinds, _shape(low)).astype(jnp.int8)
 
 
-def _of_blocks(given, size, most):
-  """The least or greatest of each field in blocks of tokens."""
+def cut_tokens(given: Tokens, size: int) -> Tokens:
+  """Tokens in blocks; the last token fills up the last block.
 
-  def one(x):
+  Args:
+    given: fields [N] or [B, N].
+    size: tokens of a block.
+
+  Returns:
+    Fields [n, size] or [B, n, size] of n = ceil(N / size) blocks.
+
+  Example:
+    >>> cut_tokens(tokens(3), 2).position.tolist()
+    [[0, 1], [2, 2]]
+  """
+
+  def cut(x):
     missing = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
     x = jnp.pad(x, missing, mode="edge")
-    return most(x.reshape(*x.shape[:-1], -1, size), axis=-1)
+    return x.reshape(*x.shape[:-1], -1, size)
 
-  return jax.tree.map(one, given)
+  return jax.tree.map(cut, given)
 
 
 def _pairs(readers, read):

@@ -1,4 +1,4 @@
-"""Which blocks of keys each block of queries reads, as lists for kernels."""
+"""Blocks of queries and keys: their sizes, and which of them meet."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from tokjax.ops import mask_rules, packing
 from tokjax.ops.mask_rules import EMPTY, Rule, Tokens
 from tokjax.typing import Array, Int32
 
-__all__ = ["BlockLists", "block_lists"]
+__all__ = ["BlockLists", "block_lists", "equal_blocks"]
 
 
 class BlockLists(NamedTuple):
@@ -74,3 +74,20 @@ def block_lists(
   index = jnp.where((count > 0)[..., None], index, 0)
   kind = jnp.take_along_axis(kinds, index, axis=-1)
   return BlockLists(index, jnp.where(kept.mask, kind, EMPTY), count)
+
+
+def equal_blocks(size: int, most: int, multiple: int) -> int:
+  """The size of blocks that are as few as they can be, and alike.
+
+  Args:
+    size: rows in all.
+    most: rows of a block.
+    multiple: what a block is rounded up to, unless it exceeds `most`.
+
+  Example:
+    >>> equal_blocks(768, 512, 64), equal_blocks(680, 512, 128)
+    (384, 384)
+  """
+  blocks = max(1, -(-size // most))
+  rows = max(1, -(-size // blocks))
+  return min(most, rows + -rows % multiple)

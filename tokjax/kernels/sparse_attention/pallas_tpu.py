@@ -31,7 +31,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tokjax import checks, compat
-from tokjax.kernels.sparse_attention.block_lists import block_lists
+from tokjax.kernels.sparse_attention.block_lists import (
+  block_lists,
+  equal_blocks,
+)
 from tokjax.ops import mask_rules
 from tokjax.ops.mask_rules import Rule, Tokens
 from tokjax.typing import Array, Float
@@ -76,7 +79,9 @@ class BlockSizes:
   def of(cls, num_rows: int, num_keys: int) -> "BlockSizes":
     """Equal blocks of at most 512; twice the keys where lists get long."""
     most = 512 if num_keys <= 1 << 13 else 1024
-    return cls(_equal(num_rows, 512), _equal(num_keys, most))
+    return cls(
+      equal_blocks(num_rows, 512, _LANES), equal_blocks(num_keys, most, _LANES)
+    )
 
 
 def unsupported(q, k, v, readers: Tokens, read: Tokens) -> str | None:
@@ -432,9 +437,3 @@ def _at_least(x, size):
   """Zeros after the rows [B, H, N, d], up to a size."""
   missing = max(0, size - x.shape[2])
   return jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0)))
-
-
-def _equal(size, most):
-  """Rows of equal blocks."""
-  parts = pl.cdiv(size, most)
-  return pl.cdiv(pl.cdiv(size, parts), _LANES) * _LANES

@@ -7,6 +7,7 @@ those of which nothing may be read. The backward pass makes tiles again.
 import jax
 import jax.numpy as jnp
 
+from tokjax.kernels.sparse_attention.block_lists import equal_blocks
 from tokjax.ops import attention, mask_rules
 from tokjax.ops.attention import AttentionState
 from tokjax.ops.mask_rules import Rule, Tokens
@@ -137,14 +138,8 @@ def rule_attention_backward(
 
 
 def _sizes(block_size, q, k):
-  """Queries and keys of a tile: as few tiles as there must be, alike."""
-
-  def even(number):
-    tiles = max(1, -(-number // block_size))
-    size = -(-number // tiles)
-    return min(block_size, max(1, size + -size % 64))
-
-  return even(q.shape[2]), even(k.shape[2])
+  """Queries and keys of a tile."""
+  return tuple(equal_blocks(x.shape[2], block_size, 64) for x in (q, k))
 
 
 def _readable(rule, sizes, k, v, readers, read):
@@ -176,11 +171,7 @@ def _tile(rule, readers, read, real):
 
 
 def _token_blocks(given, size):
-  """[*B, N] -> [blocks, *B, size]; the last token fills up."""
-
-  def cut(x):
-    missing = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
-    x = jnp.pad(x, missing, mode="edge")
-    return jnp.moveaxis(x.reshape(*x.shape[:-1], -1, size), -2, 0)
-
-  return jax.tree.map(cut, given)
+  """[*B, N] -> [blocks, *B, size]."""
+  return jax.tree.map(
+    lambda x: jnp.moveaxis(x, -2, 0), mask_rules.cut_tokens(given, size)
+  )
