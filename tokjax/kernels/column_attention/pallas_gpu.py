@@ -31,6 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from tokjax import compat
 from tokjax.kernels.column_attention import block_sizes
 from tokjax.kernels.hopper_tiles import COLUMN, ROW, fill_rings, load_vector
+from tokjax.kernels.padding import pad_to_multiple
 from tokjax.typing import Array, Float, Int32
 
 __all__ = ["column_attention_forward", "unsupported"]
@@ -104,10 +105,10 @@ def column_attention_forward(
   if row_ids is None:
     row_ids = jnp.zeros_like(q[:, 0, :, 0], dtype=jnp.int32)
     key_ids = jnp.zeros_like(k[:, 0, :, 0], dtype=jnp.int32)
-  q, k = (_pad_axis(_pad_axis(x, 2, _BLOCK), 3, 16) for x in (q, k))
-  row_ids = _pad_axis(row_ids, 1, _BLOCK, _NO_ROW)
-  key_ids = _pad_axis(key_ids, 1, _BLOCK, _NO_KEY)
-  weight = _pad_axis(row_weight, 2, _BLOCK)
+  q, k = (pad_to_multiple(pad_to_multiple(x, 2, _BLOCK), 3, 16) for x in (q, k))
+  row_ids = pad_to_multiple(row_ids, 1, _BLOCK, _NO_ROW)
+  key_ids = pad_to_multiple(key_ids, 1, _BLOCK, _NO_KEY)
+  weight = pad_to_multiple(row_weight, 2, _BLOCK)
   # A row of weight zero may hold NaN; it is kept out of the columns.
   column_ids = jnp.where(weight != 0, row_ids[:, None, :], _WEIGHTLESS)
   dim = q.shape[3]
@@ -140,7 +141,7 @@ def column_attention_forward(
     highest = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
   else:
     top, highest = (
-      _pad_axis(x, 2, _BLOCK).reshape(batch * heads, -1) for x in softmax
+      pad_to_multiple(x, 2, _BLOCK).reshape(batch * heads, -1) for x in softmax
     )
     top *= _LOG2_E
   live = (weight != 0) & (highest != 0)
@@ -434,10 +435,3 @@ def _iota(shape, axis):
 def _tiles(x, size):
   """[n, rows] -> [n, rows / size, size]."""
   return x.reshape(x.shape[0], -1, size)
-
-
-def _pad_axis(x, axis, multiple, value=0):
-  """Values after an axis, up to a multiple."""
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, -x.shape[axis] % multiple)
-  return jnp.pad(x, widths, constant_values=value)

@@ -35,6 +35,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tokjax import compat
 from tokjax.kernels.column_attention import block_sizes as block_sizes_lib
+from tokjax.kernels.padding import pad_to
 from tokjax.typing import Array, Float, Int32
 
 __all__ = ["column_attention_forward", "unsupported"]
@@ -122,12 +123,12 @@ def column_attention_forward(
   if row_ids is None:
     row_ids = jnp.zeros_like(q[:, 0, :, 0], dtype=jnp.int32)
     key_ids = jnp.zeros_like(k[:, 0, :, 0], dtype=jnp.int32)
-  row_ids = _pad_axis(row_ids, 1, tiles.num_i * sizes.rows, _NO_ROW)
-  key_ids = _pad_axis(key_ids, 1, tiles.num_j * sizes.keys, _NO_KEY)
+  row_ids = pad_to(row_ids, 1, tiles.num_i * sizes.rows, _NO_ROW)
+  key_ids = pad_to(key_ids, 1, tiles.num_j * sizes.keys, _NO_KEY)
   operands = compat.varying_together(
     # A tile may not exceed its array; larger arrays stay as they are.
-    _pad_axis(q, 2, sizes.rows, 0) if num_rows < sizes.rows else q,
-    _pad_axis(k, 2, sizes.keys, 0) if num_keys < sizes.keys else k,
+    pad_to(q, 2, sizes.rows, 0) if num_rows < sizes.rows else q,
+    pad_to(k, 2, sizes.keys, 0) if num_keys < sizes.keys else k,
     row_ids.reshape(tiles.batch, tiles.num_i, 1, sizes.rows),
     key_ids.reshape(tiles.batch, tiles.num_j, 1, sizes.keys),
     row_weight,
@@ -246,7 +247,7 @@ class _Tiles:
       return jnp.maximum(i, self.first_row_tile(j))
 
     def in_tiles(x):  # [B, H, R] -> [B, H, I, 1, rows]
-      x = _pad_axis(x, 2, self.num_i * rows, 0)
+      x = pad_to(x, 2, self.num_i * rows, 0)
       return x.reshape(self.batch, self.heads, self.num_i, 1, rows)
 
     per_row = pl.BlockSpec(
@@ -403,10 +404,3 @@ def _compiler_params():
 def _quotient(x, divisor):
   """Of a number that is not negative; `//` would look at its sign."""
   return jax.lax.div(x, np.int32(divisor))
-
-
-def _pad_axis(x, axis, size, value):
-  """Values after an axis, up to a size."""
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, size - x.shape[axis])
-  return jnp.pad(x, widths, constant_values=value)

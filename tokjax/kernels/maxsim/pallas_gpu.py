@@ -38,6 +38,7 @@ from tokjax.kernels.maxsim import gpu_block_sizes
 from tokjax.kernels.maxsim.gpu_block_sizes import BlockSizes
 from tokjax.kernels.maxsim.pallas_gpu_backward import maxsim_backward
 from tokjax.kernels.maxsim.reference import EMPTY_SCORE
+from tokjax.kernels.padding import pad_to
 from tokjax.typing import Array, Bool, Float
 
 __all__ = ["maxsim_backward", "maxsim_forward", "unsupported"]
@@ -117,15 +118,15 @@ def maxsim_forward(
   query_rows = gpu_block_sizes.padded_query(query_tokens)
   num_blocks = pl.cdiv(num_queries * query_rows, sizes.block_rows)
   num_rows = num_blocks * sizes.block_rows
-  rows = _pad_axis(queries, 1, query_rows).reshape(-1, width)
-  rows = _pad_axis(rows, 0, num_rows)  # [rows, D]
-  row_valid = _pad_axis(query_mask, 1, query_rows).reshape(-1)
-  row_valid = _pad_axis(row_valid, 0, num_rows).astype(jnp.float32)
+  rows = pad_to(queries, 1, query_rows).reshape(-1, width)
+  rows = pad_to(rows, 0, num_rows)  # [rows, D]
+  row_valid = pad_to(query_mask, 1, query_rows).reshape(-1)
+  row_valid = pad_to(row_valid, 0, num_rows).astype(jnp.float32)
   num_tiles = pl.cdiv(document_tokens, sizes.tokens)
   padded = num_tiles * sizes.tokens
-  token_valid = _pad_axis(document_mask, 1, padded).astype(jnp.float32)
+  token_valid = pad_to(document_mask, 1, padded).astype(jnp.float32)
   if document_tokens < sizes.tokens:  # a tile may not exceed its array
-    documents = _pad_axis(documents, 1, sizes.tokens)
+    documents = pad_to(documents, 1, sizes.tokens)
 
   segment = min(query_rows, 64)
   sums, *index = _call(
@@ -515,12 +516,3 @@ def _high(x):
 def _split(x):
   high = _high(x)
   return high, x - high
-
-
-def _pad_axis(x, axis, size):
-  """Pads an axis with zeros (False) up to a size."""
-  if x.shape[axis] == size:
-    return x
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, size - x.shape[axis])
-  return jnp.pad(x, widths)

@@ -35,6 +35,7 @@ from tokjax.kernels.bfloat16_parts import bfloat16_parts
 from tokjax.kernels.hopper_tiles import COLUMN, fill_rings, load_vector
 from tokjax.kernels.nearest_code import gpu_block_sizes
 from tokjax.kernels.nearest_code.gpu_block_sizes import PARTS, BlockSizes
+from tokjax.kernels.padding import pad_to
 from tokjax.typing import Array, Float, Int32
 
 __all__ = ["nearest", "unsupported"]
@@ -104,9 +105,9 @@ def nearest(
   num_tiles = pl.cdiv(num_codes, sizes.codes)
   rows, tiles = num_blocks * sizes.tokens, num_tiles * sizes.codes
   width = gpu_block_sizes.padded_width(dim)
-  x = _pad_axis(_pad_axis(x, 0, rows), 1, width)
-  codes = _pad_axis(_pad_axis(codes, 0, tiles), 1, width)
-  offset = _pad_axis(offset, 0, tiles, jnp.inf)
+  x = pad_to(pad_to(x, 0, rows), 1, width)
+  codes = pad_to(pad_to(codes, 0, tiles), 1, width)
+  offset = pad_to(offset, 0, tiles, jnp.inf)
   x, codes, offset = compat.varying_together(
     jnp.concatenate(bfloat16_parts(x, PARTS), axis=1),
     # The smallest parts first, the order in which they are summed.
@@ -346,10 +347,3 @@ class _Program:
 def _full(value, dtype):
   values = jnp.full((_ROWS, _SLICE), value, dtype)
   return plgpu.layout_cast(values, plgpu.Layout.WGMMA)
-
-
-def _pad_axis(x, axis, size, value=0):
-  """Values after an axis, up to a size."""
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, size - x.shape[axis])
-  return jnp.pad(x, widths, constant_values=value)

@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tokjax import compat
 from tokjax.kernels.nearest_code import block_sizes
+from tokjax.kernels.padding import pad_to
 from tokjax.typing import Array, Float, Int32
 
 __all__ = ["nearest", "unsupported"]
@@ -102,9 +103,9 @@ def nearest(
   num_j = pl.cdiv(num_codes, sizes.codes)
   # A tile may not exceed its array; larger arrays stay as they are. Whatever
   # is read past the end of the codes has an offset of inf.
-  x = _pad_axis(x, 0, max(num_tokens, sizes.tokens), 0)
-  codes = _pad_axis(codes.T, 1, max(num_codes, sizes.codes), 0)
-  offset = _pad_axis(offset[None, :], 1, num_j * sizes.codes, jnp.inf)
+  x = pad_to(x, 0, max(num_tokens, sizes.tokens), 0)
+  codes = pad_to(codes.T, 1, max(num_codes, sizes.codes), 0)
+  offset = pad_to(offset[None, :], 1, num_j * sizes.codes, jnp.inf)
   x, codes, offset = compat.varying_together(x, codes, offset)
 
   per_token = pl.BlockSpec((None, 1, sizes.tokens), lambda i, j: (i, 0, 0))
@@ -186,10 +187,3 @@ def _kernel(
     index = jnp.where(score == highest, index, last)
     index_ref[...] = jnp.min(index, axis=0, keepdims=True)
     score_ref[...] = highest
-
-
-def _pad_axis(x, axis, size, value):
-  """Values after an axis, up to a size."""
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, size - x.shape[axis])
-  return jnp.pad(x, widths, constant_values=value)

@@ -35,6 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tokjax import compat
 from tokjax.kernels.hopper_tiles import COLUMN, ROW, fill_rings, load_vector
+from tokjax.kernels.padding import pad_to_multiple
 from tokjax.kernels.sparse_attention.block_lists import block_lists
 from tokjax.ops.mask_rules import FULL, Rule, Tokens
 from tokjax.typing import Array, Float
@@ -110,8 +111,8 @@ def rule_attention_forward(
   batch, heads, num_rows, dim = q.shape
   key_heads, num_keys, value_dim = v.shape[1:]
   lists = block_lists(rule, readers, read, query_block=_BLOCK, key_block=_KEYS)
-  q = _pad_axis(_pad_axis(q, 2, _BLOCK), 3, 16)
-  k, v = (_pad_axis(_pad_axis(x, 2, _KEYS), 3, 16) for x in (k, v))
+  q = pad_to_multiple(pad_to_multiple(q, 2, _BLOCK), 3, 16)
+  k, v = (pad_to_multiple(pad_to_multiple(x, 2, _KEYS), 3, 16) for x in (k, v))
   operands = compat.varying_together(
     q.reshape(batch * heads, -1, q.shape[-1]),
     *(x.reshape(batch * key_heads, -1, x.shape[-1]) for x in (k, v)),
@@ -407,12 +408,6 @@ def _fields(given, size):
   """Fields [N] or [B, N] -> int32[7, B or 1, blocks, size]; the last fills."""
   batch = max(x.shape[0] if x.ndim == 2 else 1 for x in given)
   fields = jnp.stack([jnp.broadcast_to(x, (batch, x.shape[-1])) for x in given])
-  fields = _pad_axis(fields, 2, _BLOCK, mode="edge")
+  missing = -fields.shape[2] % _BLOCK
+  fields = jnp.pad(fields, ((0, 0), (0, 0), (0, missing)), mode="edge")
   return fields.reshape(*fields.shape[:2], -1, size)
-
-
-def _pad_axis(x, axis, multiple, mode="constant"):
-  """Values after an axis, up to a multiple."""
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, -x.shape[axis] % multiple)
-  return jnp.pad(x, widths, mode=mode)
